@@ -1,0 +1,19 @@
+"""The batching core: plan a batch, create its tasks, move them. Usable without the rest."""
+
+from metabatch_cli.batching.loader import StateMismatch, TaskLoader
+from metabatch_cli.batching.plan import BatchSpec, Plan
+from metabatch_cli.batching.task import Task, as_task, digest, slice_tasks
+from metabatch_cli.batching.taskset import TaskSet, TaskSpec
+
+__all__ = [
+    "BatchSpec",
+    "Plan",
+    "StateMismatch",
+    "Task",
+    "TaskLoader",
+    "TaskSet",
+    "TaskSpec",
+    "as_task",
+    "digest",
+    "slice_tasks",
+]

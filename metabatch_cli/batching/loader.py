@@ -1,0 +1,342 @@
+"""TaskLoader: batches of tasks, the same for any number of workers, exact through resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from metabatch_cli.batching.create import BatchMaker
+from metabatch_cli.batching.plan import BatchSpec, Plan
+from metabatch_cli.batching.streams import STREAM_VERSION
+from metabatch_cli.batching.task import to_device
+from metabatch_cli.batching.taskset import TaskSet, n_tasks
+
+STATE_VERSION = 1
+_SIGTERM_GRACE = 20.0  # seconds that a worker outlives a SIGTERM, for the main process to finish
+
+
+class StateMismatch(ValueError):
+    """A loader's state was saved under another configuration or another law of the streams."""
+
+
+class _DefaultSeed(int):
+    """Zero, but recognisable as not given."""
+
+
+_NO_SEED = _DefaultSeed(0)
+
+
+class TaskLoader:
+    """Batches of tasks from a `TaskSet`; all tasks of a batch have the same sizes.
+
+    The batch of a step depends on the task set, `seed`, `batch_size`, `shuffle`, `n_batches`,
+    `drop_last` and `shards` only: not on workers, prefetching, start method, ranks, on what was
+    read before, or on any global random state, which it leaves untouched.
+
+    Iterating gives one epoch; iterating again, also after `break`, gives the next one, with
+    another order and other draws, while steps count on. An infinite task set has one endless
+    epoch unless `n_batches` ends it.
+
+    Args:
+        dataset: the task set.
+        batch_size: tasks of one optimisation step over all ranks; divisible by `shards`.
+        shuffle: whether every epoch has an order of its own.
+        n_batches: exactly so many full batches an epoch, drawn over repeated passes, no task
+            twice in a batch. Needs `shuffle` where the set is finite.
+        num_workers: processes that create batches; 0 creates them here. `"auto"`: none for
+            whole-batch creation, else one for each core but one (four at most).
+        collate_fn: joins the list of tasks of a `__gettask__` set (default: torch's).
+        pin_memory: whether batches go to page-locked memory, for a fast copy to a GPU.
+        drop_last: whether a last batch that is not full is left out.
+        timeout: seconds to wait for a batch of a worker; 0 waits for ever.
+        worker_init_fn: called as `worker_init_fn(worker_id)` in each worker before its first
+            task.
+        multiprocessing_context: start method of the workers, or a context.
+        generator: gives the seed, by one draw now, where no `seed` is given.
+        prefetch_factor: batches that each worker is ahead.
+        persistent_workers: whether workers live on from one epoch to the next.
+        pin_memory_device: only for compatibility; torch chooses the device itself.
+        workers: another name for `num_workers`.
+        device: where batches are moved to; None leaves them on the CPU.
+        seed: any integer; other seeds, other tasks.
+        rank: which part of the global batch this loader makes.
+        world_size: in how many parts ranks share it; must divide `shards`.
+        shards: equal parts of the global batch with a random stream each.
+
+    Raises:
+        ValueError, TypeError: arguments that cannot be or do not fit together, by name.
+    """
+
+    def __init__(
+        self,
+        dataset: TaskSet,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        n_batches: int | None = None,
+        num_workers: int | str = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = 2,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        workers: int | str | None = None,
+        device: torch.device | str | None = None,
+        seed: int = _NO_SEED,
+        rank: int = 0,
+        world_size: int = 1,
+        shards: int = 1,
+    ) -> None:
+        if not isinstance(dataset, TaskSet):
+            raise TypeError(f"TaskLoader reads a TaskSet, not a {type(dataset).__name__}")
+        if generator is not None and seed is _NO_SEED:
+            seed = int(torch.randint(2**62, (), generator=generator))
+        if workers is not None and num_workers != 0 and workers != num_workers:
+            raise ValueError(f"workers={workers!r} and num_workers={num_workers!r} contradict")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.collate_fn = collate_fn
+        self.pin_memory = pin_memory
+        self.timeout = _at_least("timeout", timeout, 0)
+        self.worker_init_fn = worker_init_fn
+        self.multiprocessing_context = multiprocessing_context
+        self.prefetch_factor = _at_least("prefetch_factor", prefetch_factor or 2, 1)
+        self.persistent_workers = persistent_workers
+        self.device = None if device is None else torch.device(device)
+        self.seed = int(seed)
+        self.plan = Plan(
+            n_tasks=n_tasks(dataset),
+            law=dataset.law,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            n_batches=n_batches,
+            drop_last=drop_last,
+            seed=self.seed,
+            split=dataset.split,
+            rank=rank,
+            world_size=world_size,
+            shards=shards,
+        )
+        self._maker = BatchMaker(dataset, self.seed, dataset.split, collate_fn)
+        if self._maker.whole and collate_fn is not None:
+            raise TypeError(
+                f"collate_fn joins single tasks, but {type(dataset).__name__} makes whole batches "
+                "(__gettasks__): leave collate_fn out"
+            )
+        self.num_workers = _resolve_workers(
+            num_workers if workers is None else workers, self._maker.whole
+        )
+        self._step = 0  # batches that were handed out, over all epochs
+        self._mid_epoch = False  # whether an iteration has begun since the state was set
+        self._pipe: DataLoader | None = None
+        self._running: Any = None  # torch's iterator over it, which owns the workers
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Steps in an epoch; TypeError where an epoch never ends."""
+        length = self.plan.epoch_length
+        if length is None:
+            raise TypeError(
+                f"{type(self.dataset).__name__} is infinite: an epoch has no end without n_batches"
+            )
+        return length
+
+    def __iter__(self) -> Iterator[Any]:
+        length = self.plan.epoch_length
+        if length is None:
+            return self._read(self._step, None)
+        epoch, done = divmod(self._step, length)
+        if done and self._mid_epoch:  # left by `break`: the next epoch
+            epoch, done = epoch + 1, 0
+        self._step = epoch * length + done
+        return self._read(self._step, (epoch + 1) * length)
+
+    def stream(self) -> Iterator[Any]:
+        """Batches from the current step on, through all epochs, without an end."""
+        return self._read(self._step, None)
+
+    def batch_at(self, step: int) -> Any:
+        """The batch of any step, made here and now, without the ones before it.
+
+        Args:
+            step: counted from 0 over all epochs.
+        """
+        batch = self._maker[self.plan.spec(_at_least("step", step, 0))]
+        return batch if self.device is None else to_device(batch, self.device)
+
+    def _read(self, start: int, stop: int | None) -> Iterator[Any]:
+        self._mid_epoch = True
+        steps = itertools.count(start) if stop is None else range(start, stop)
+        pipe = self._open(_Specs(self.plan, steps))
+        return self._hand_out(pipe, start)
+
+    def _hand_out(self, pipe: DataLoader, start: int) -> Iterator[Any]:
+        step = start
+        self._running = batches = iter(pipe)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" in str(error):
+                    raise RuntimeError(
+                        f"no batch within timeout={self.timeout:g} s from worker "
+                        f"{(step - start) % self.num_workers}, which creates {self.plan.spec(step)}"
+                    ) from error
+                raise
+            if self.device is not None:
+                batch = to_device(batch, self.device)
+            step += 1
+            self._step = step
+            yield batch
+
+    def _open(self, specs: _Specs) -> DataLoader:
+        if self._pipe is not None and self.persistent_workers:
+            self._pipe.sampler.steps = specs.steps  # type: ignore[union-attr]
+            return self._pipe
+        parallel = self.num_workers > 0
+        self._pipe = DataLoader(
+            self._maker,  # type: ignore[arg-type]  # a spec is its index
+            batch_size=None,
+            sampler=specs,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
+            timeout=self.timeout if parallel else 0,
+            worker_init_fn=_WorkerStart(self.worker_init_fn) if parallel else None,
+            multiprocessing_context=self.multiprocessing_context if parallel else None,
+            generator=torch.Generator(),  # otherwise it would draw from the global one
+            prefetch_factor=self.prefetch_factor if parallel else None,
+            persistent_workers=self.persistent_workers and parallel,
+        )
+        return self._pipe
+
+    # --- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int]:
+        """Where reading stands, as integers that JSON holds: the next step, and what must fit."""
+        return {"step": self._step, **self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken; other workers and ranks are welcome.
+
+        Raises:
+            StateMismatch: the state belongs to another configuration; names every field.
+        """
+        expected = self._fingerprint()
+        differing = [
+            f"{name} is {state.get(name, 'missing')} in the state and {value} here"
+            for name, value in expected.items()
+            if state.get(name) != value
+        ]
+        unknown = [f"{name} is unknown" for name in state if name not in {"step", *expected}]
+        if "step" not in state:
+            differing.append("step is missing in the state")
+        if differing or unknown:
+            raise StateMismatch(
+                "the loader's state does not fit: " + "; ".join(differing + unknown)
+            )
+        self._step = int(state["step"])
+        self._mid_epoch = False
+
+    def _fingerprint(self) -> dict[str, int]:
+        plan, kind = self.plan, type(self.dataset)
+        return {
+            "version": STATE_VERSION,
+            "stream_version": STREAM_VERSION,
+            "seed": self.seed,
+            "split": _number_of(plan.split),
+            "taskset": _number_of(f"{kind.__module__}.{kind.__qualname__}"),
+            "n_tasks": -1 if plan.n_tasks is None else plan.n_tasks,
+            "sizes": _number_of(repr(plan.law)),
+            "batch_size": plan.batch_size,
+            "shards": plan.shards,
+            "shuffle": int(plan.shuffle),
+            "drop_last": int(plan.drop_last),
+            "n_batches": -1 if plan.n_batches is None else plan.n_batches,
+        }
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the workers and free what they shared."""
+        running, self._running, self._pipe = self._running, None, None
+        if hasattr(running, "_shutdown_workers"):
+            running._shutdown_workers()
+
+    def __enter__(self) -> TaskLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Specs(Sampler[BatchSpec]):
+    """The specs of some steps, as the sampler of a `DataLoader`."""
+
+    def __init__(self, plan: Plan, steps: Any) -> None:
+        self.plan = plan
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[BatchSpec]:
+        return map(self.plan.spec, self.steps)
+
+
+class _WorkerStart:
+    """What a worker does first: leave Ctrl-C and SIGTERM to the main process, then the user's."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _die_later)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def _die_later(signum: int, frame: FrameType | None) -> None:
+    # a scheduler sends SIGTERM to the whole process group, while the main process still wants
+    # the batches of the step that it finishes and saves
+    deadline = threading.Timer(_SIGTERM_GRACE, os._exit, (128 + signum,))
+    deadline.daemon = True
+    deadline.start()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _number_of(text: str) -> int:
+    # 48 bits: an integer that JSON readers keep exactly
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+
+
+def _at_least(name: str, value: Any, least: int) -> Any:
+    if value < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}")
+    return value
+
+
+def _resolve_workers(workers: int | str, whole: bool) -> int:
+    if workers == "auto":
+        return 0 if whole else min(4, max(1, len(os.sched_getaffinity(0)) - 1))
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"workers={workers!r} must be 0, a positive number or 'auto'")
+    return workers

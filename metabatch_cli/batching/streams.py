@@ -1,0 +1,152 @@
+"""Counter-based random streams: any (seed, name, coordinate) has its own numbers, at once.
+
+Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a key
+and a counter to random words without any state to advance, so that step 10⁶ costs what step 0
+costs and no worker needs to know what another one drew. The key is a hash of the seed and of
+the stream's name; the coordinates go into the counter's high words, so that neighbouring
+streams never overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+# Raised whenever the same seed would no longer give the same tasks: a run that was trained
+# under another law must not be resumed under this one.
+STREAM_VERSION = 1
+
+_MT_WORDS = 624  # 32-bit words in the state of a Mersenne Twister, torch's CPU generator
+_MT_OFFSET = 24  # where they begin in the bytes of `torch.Generator.get_state()`
+_MT_BYTES = 5056
+
+
+class Stream:
+    """The random streams of one purpose, one stream for each coordinate pair.
+
+    Args:
+        seed: any integer, of any size.
+        name: what the numbers are for, such as `("train", "sizes")`; other names, other numbers.
+    """
+
+    def __init__(self, seed: int, *name: str) -> None:
+        label = repr((int(seed), *name)).encode()
+        digest = hashlib.blake2b(label, digest_size=16, person=b"metabatch-v1").digest()
+        self._philox = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
+        self._state: dict[str, Any] = dict(self._philox.state)
+        self._counter = self._state["state"]["counter"]
+        self._scratch = torch.Generator().get_state()
+        if len(self._scratch) != _MT_BYTES:
+            raise RuntimeError(
+                f"the state of a CPU torch.Generator has {len(self._scratch)} bytes, not "
+                f"{_MT_BYTES}: torch {torch.__version__} changed its layout"
+            )
+        mt_state = self._scratch.numpy()[_MT_OFFSET : _MT_OFFSET + 8 * _MT_WORDS]
+        self._mt_words = mt_state.view(np.uint64)
+
+    def words(self, count: int, major: int, minor: int = 0) -> np.ndarray:
+        """The first `count` random 64-bit words of the stream at (major, minor), as uint64.
+
+        Raw words are the same on every machine and under every version of numpy.
+        """
+        self._counter[2] = minor
+        self._counter[3] = major
+        self._philox.state = self._state
+        return self._philox.random_raw(count)
+
+    def fill(self, generator: torch.Generator, major: int, minor: int = 0) -> None:
+        """Put a CPU generator at the start of the stream at (major, minor).
+
+        All 19,968 bits of its state come from the stream: seeding it by number would use only
+        32 of them, and tasks would repeat themselves after some ten thousands.
+        """
+        self._mt_words[:] = self.words(_MT_WORDS // 2, major, minor).view(np.uint32)
+        generator.set_state(self._scratch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._state["state"]["key"].tobytes(),)
+
+
+def _restore(key: bytes) -> Stream:
+    stream = Stream(0)
+    stream._state["state"]["key"] = np.frombuffer(key, dtype=np.uint64)
+    return stream
+
+
+def permutation(words: np.ndarray) -> np.ndarray:
+    """The order that sorts random words: a uniform permutation, int64, the same everywhere."""
+    return np.argsort(words, kind="stable")
+
+
+def integer(word: int, low: int, high: int) -> int:
+    """A random 64-bit word as an integer of [low, high], both ends included.
+
+    Multiply-and-shift (Lemire 2019): its bias is at most (high − low + 1) / 2⁶⁴.
+    """
+    return low + (int(word) * (high - low + 1) >> 64)
+
+
+def unit(word: int) -> float:
+    """A random 64-bit word as a float of [0, 1): its upper 53 bits."""
+    return (int(word) >> 11) * 2.0**-53
+
+
+def uniforms(indices: torch.Tensor, count: int, *name: str) -> torch.Tensor:
+    """`count` numbers of [0, 1) for each index, always the same for the same index and name.
+
+    This is what makes an index the name of a task: the function it stands for depends on
+    nothing else. SplitMix64 (Steele et al. 2014) as a hash, over whole batches.
+
+    Args:
+        indices: int64, `[tasks]`.
+
+    Returns:
+        float64, `[tasks, count]`.
+    """
+    digest = hashlib.blake2b(repr(name).encode(), digest_size=8, person=b"metabatch-v1").digest()
+    key = np.frombuffer(digest, dtype=np.uint64)
+    cells = indices.numpy().astype(np.uint64)[:, None] * np.uint64(count)
+    cells = cells + np.arange(count, dtype=np.uint64)
+    words = _splitmix64(_splitmix64(cells) ^ key)
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _splitmix64(words: np.ndarray) -> np.ndarray:
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+@contextmanager
+def borrowed_global_generators() -> Iterator[np.random.MT19937]:
+    """Lend out `random`, `numpy.random` and torch's CPU generator, and give their states back.
+
+    Yields the bit generator that `numpy.random` draws from meanwhile (swapping it is three
+    hundred times faster than reading and restoring its state).
+    """
+    python_state = random.getstate()
+    numpy_bits = np.random.get_bit_generator()
+    torch_state = torch.default_generator.get_state()
+    lent = np.random.MT19937(0)
+    np.random.set_bit_generator(lent)
+    try:
+        yield lent
+    finally:
+        random.setstate(python_state)
+        np.random.set_bit_generator(numpy_bits)
+        torch.default_generator.set_state(torch_state)
+
+
+def seed_global_generators(stream: Stream, major: int, minor: int) -> None:
+    """Seed `random`, `numpy.random` and torch's CPU generator from one stream."""
+    words = stream.words(4, major, minor)
+    random.seed(int.from_bytes(words[:2].tobytes(), "little"))
+    np.random.seed(words[2:].view(np.uint32))
+    stream.fill(torch.default_generator, major, minor)

@@ -1,0 +1,123 @@
+"""A task, and a batch of tasks of a common shape: the same five fields."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Task(NamedTuple):
+    """A context set to learn from and a target set to be judged on.
+
+    One task has `[points, …]` in every field, a batch of tasks `[tasks, points, …]`.
+
+    Regression: `x [points, dim_x]` and `y [points, dim_y]`, float. Image completion:
+    `x ∈ [−1, 1]²`, `y [points, channels]`. Few-shot classification: `x [points, C, H, W]`
+    uint8, `y [points]` int64.
+
+    Attributes:
+        aux: what else is known about each task, as tensors `[…]` or `[tasks, …]`: true
+            hyper-parameters, class indices. No learner sees it.
+    """
+
+    context_x: Tensor
+    context_y: Tensor
+    target_x: Tensor
+    target_y: Tensor
+    aux: dict[str, Tensor] = {}  # noqa: RUF012 (nobody writes into a default)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tree of tuples, lists and mappings with `function` applied to every leaf."""
+    if isinstance(tree, Mapping):
+        return {key: tree_map(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(tree_map(function, value) for value in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(tree_map(function, value) for value in tree)
+    return function(tree)
+
+
+def to_device(tree: Any, device: torch.device | str) -> Any:
+    """The tree with its tensors on `device`; pinned memory is copied asynchronously."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf
+
+    return tree_map(move, tree)
+
+
+def slice_tasks(tree: Any, start: int, stop: int) -> Any:
+    """Tasks `start … stop − 1` of a batch."""
+    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def concatenate(batches: list[Any]) -> Any:
+    """Batches of the same structure joined along the tasks."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return {key: concatenate([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(concatenate(list(parts)) for parts in zip(*batches, strict=True)))
+    if isinstance(first, (tuple, list)):
+        return type(first)(concatenate(list(parts)) for parts in zip(*batches, strict=True))
+    if isinstance(first, Tensor):
+        return torch.cat(batches)
+    raise TypeError(
+        f"a batch made whole must be of tensors [tasks, …], not {type(first).__name__}: "
+        "with shards > 1 its parts have to be joined"
+    )
+
+
+def as_task(batch: Any) -> Task:
+    """Any batch that has the four fields, by name or by position, as a `Task`.
+
+    Raises:
+        TypeError: the batch has other fields.
+    """
+    if isinstance(batch, Task):
+        return batch
+    names = Task._fields
+    if hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    if isinstance(batch, Mapping) and set(names[:4]) <= set(batch):
+        return Task(*(batch[name] for name in names[:4]), aux=dict(batch.get("aux", {})))
+    if isinstance(batch, (tuple, list)) and len(batch) in (4, 5):
+        return Task(*batch)
+    raise TypeError(
+        f"a task must have the fields {', '.join(names[:4])} (and optionally aux), as a Task, a "
+        f"mapping or a tuple in this order; this one is {_outline(batch)}"
+    )
+
+
+def _outline(batch: Any) -> str:
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"a {kind} with {', '.join(map(str, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {kind} of {len(batch)}"
+    return f"a {kind}"
+
+
+def digest(*batches: Any) -> str:
+    """SHA-256 over the bytes, types and shapes of all tensors, in order."""
+    sha = hashlib.sha256()
+
+    def add(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().cpu().contiguous()
+            sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            sha.update(leaf.flatten().view(torch.uint8).numpy())
+        else:
+            sha.update(repr(leaf).encode())
+
+    tree_map(add, list(batches))
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""Meta-learning algorithms: each holds a network and gives the loop a loss."""

@@ -1,0 +1,1 @@
+"""Ready-made task sets, one idea a file."""
