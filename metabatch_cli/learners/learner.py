@@ -1,0 +1,48 @@
+"""Learner: what every meta-learning algorithm promises the training loop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from metabatch_cli.batching.task import Task
+
+
+class Metric(NamedTuple):
+    """The score that a learner is judged by."""
+
+    name: str
+    higher_is_better: bool
+
+    def is_better(self, score: float, best: float | None) -> bool:
+        """Whether a score beats the best one so far."""
+        if best is None:
+            return True
+        return score > best if self.higher_is_better else score < best
+
+
+class Learner(nn.Module):
+    """A meta-learning algorithm around a network; the training loop knows nothing else.
+
+    A learner is built with `model=` and, where its constructor asks for them, the fields of the
+    task set's spec (`dim_x`, `dim_y`, `ways`).
+    """
+
+    @property
+    def metric(self) -> Metric:
+        """The entry of `score` that picks the best checkpoint."""
+        raise NotImplementedError
+
+    def forward(self, tasks: Task) -> Tensor:
+        """The loss of a batch of tasks, a scalar: the mean over its tasks."""
+        raise NotImplementedError
+
+    def score(self, tasks: Task) -> dict[str, Tensor]:
+        """Scores of each task by name, `[tasks]`; a name may end in `@steps=1` and the like."""
+        raise NotImplementedError
+
+    def predict(self, context_x: Tensor, context_y: Tensor, target_x: Tensor) -> Distribution:
+        """The distribution of y at the targets, batch `[tasks, n_target]`."""
+        raise NotImplementedError

@@ -1,0 +1,64 @@
+"""Conv-4: the four-block convolutional network of the few-shot literature."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+
+class Conv4(nn.Module):
+    """Blocks of 3×3 convolution, batch normalisation, ReLU and 2×2 max pooling.
+
+    The embedding of Vinyals et al. 2016 (arXiv:1606.04080) and Snell et al. 2017
+    (arXiv:1703.05175): 64 features for a 28×28 image. With `dim_y` a linear head follows.
+
+    Args:
+        x_shape: `(C, H, W)` of an image.
+        dim_y: outputs of a linear head; None for an embedding network.
+        width: channels of each block.
+        depth: blocks.
+        norm: `batch` normalises by the statistics of the images at hand while training and by
+            running ones in evaluation; `transductive` always by those at hand; `none` not.
+        channels_last: memory layout of the convolutions, the faster one on CPUs.
+    """
+
+    def __init__(
+        self,
+        x_shape: tuple[int, int, int],
+        dim_y: Annotated[int, Ge(1)] | None = None,
+        width: Annotated[int, Ge(1)] = 64,
+        depth: Annotated[int, Ge(1)] = 4,
+        norm: Literal["batch", "transductive", "none"] = "batch",
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        channels, *sides = x_shape
+        if min(sides) < 2**depth:
+            raise ValueError(
+                f"depth={depth} halves an image {depth} times: {sides[0]}×{sides[1]} pixels "
+                f"are too few (at least {2**depth}×{2**depth})"
+            )
+        blocks: list[nn.Module] = []
+        for block in range(depth):
+            inputs = channels if block == 0 else width
+            blocks.append(nn.Conv2d(inputs, width, 3, padding=1, bias=norm == "none"))
+            if norm != "none":
+                blocks.append(nn.BatchNorm2d(width, track_running_stats=norm == "batch"))
+            blocks += [nn.ReLU(), nn.MaxPool2d(2)]
+        self.blocks = nn.Sequential(*blocks, nn.Flatten())
+        features = width * (sides[0] // 2**depth) * (sides[1] // 2**depth)
+        self.head = nn.Identity() if dim_y is None else nn.Linear(features, dim_y)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.layout)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [points, C, H, W]`, float or uint8 → `[points, features]` or `[points, dim_y]`.
+
+        Bytes 0 … 255 become numbers 0 … 1 here, on the device.
+        """
+        if x.dtype == torch.uint8:
+            x = x.to(next(self.parameters()).dtype) / 255
+        return self.head(self.blocks(x.contiguous(memory_format=self.layout)))
