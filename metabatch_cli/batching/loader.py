@@ -208,7 +208,7 @@ class TaskLoader:
 
     def _open(self, specs: _Specs) -> DataLoader:
         if self._pipe is not None and self.persistent_workers:
-            self._pipe.sampler.steps = specs.steps  # type: ignore[union-attr]
+            self._pipe.sampler.steps = specs.steps  # type: ignore[attr-defined]
             return self._pipe
         parallel = self.num_workers > 0
         self._pipe = DataLoader(
@@ -279,6 +279,8 @@ class TaskLoader:
         running, self._running, self._pipe = self._running, None, None
         if hasattr(running, "_shutdown_workers"):
             running._shutdown_workers()
+            for worker in running._workers:  # one that is stuck in a task hears no SIGTERM
+                worker.kill()
 
     def __enter__(self) -> TaskLoader:
         return self

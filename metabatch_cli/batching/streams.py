@@ -39,7 +39,7 @@ class Stream:
         label = repr((int(seed), *name)).encode()
         digest = hashlib.blake2b(label, digest_size=16, person=b"metabatch-v1").digest()
         self._philox = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
-        self._state: dict[str, Any] = dict(self._philox.state)
+        self._state: Any = self._philox.state
         self._counter = self._state["state"]["counter"]
         self._scratch = torch.Generator().get_state()
         if len(self._scratch) != _MT_BYTES:
@@ -111,13 +111,13 @@ def uniforms(indices: torch.Tensor, count: int, *name: str) -> torch.Tensor:
     """
     digest = hashlib.blake2b(repr(name).encode(), digest_size=8, person=b"metabatch-v1").digest()
     key = np.frombuffer(digest, dtype=np.uint64)
-    cells = indices.numpy().astype(np.uint64)[:, None] * np.uint64(count)
+    cells: Any = indices.numpy().astype(np.uint64)[:, None] * np.uint64(count)
     cells = cells + np.arange(count, dtype=np.uint64)
     words = _splitmix64(_splitmix64(cells) ^ key)
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def _splitmix64(words: np.ndarray) -> np.ndarray:
+def _splitmix64(words: Any) -> Any:
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -132,15 +132,16 @@ def borrowed_global_generators() -> Iterator[np.random.MT19937]:
     hundred times faster than reading and restoring its state).
     """
     python_state = random.getstate()
-    numpy_bits = np.random.get_bit_generator()
+    numpy_random: Any = np.random
+    numpy_bits = numpy_random.get_bit_generator()
     torch_state = torch.default_generator.get_state()
     lent = np.random.MT19937(0)
-    np.random.set_bit_generator(lent)
+    numpy_random.set_bit_generator(lent)
     try:
         yield lent
     finally:
         random.setstate(python_state)
-        np.random.set_bit_generator(numpy_bits)
+        numpy_random.set_bit_generator(numpy_bits)
         torch.default_generator.set_state(torch_state)
 
 

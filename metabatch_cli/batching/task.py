@@ -89,7 +89,7 @@ def as_task(batch: Any) -> Task:
     if hasattr(batch, "_asdict"):
         batch = batch._asdict()
     if isinstance(batch, Mapping) and set(names[:4]) <= set(batch):
-        return Task(*(batch[name] for name in names[:4]), aux=dict(batch.get("aux", {})))
+        return Task(**{name: batch[name] for name in names if name in batch})
     if isinstance(batch, (tuple, list)) and len(batch) in (4, 5):
         return Task(*batch)
     raise TypeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from metabatch_cli.batching.task import Task
 from metabatch_cli.learners.learner import Learner, Metric
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 
 
 class MAML(Learner):

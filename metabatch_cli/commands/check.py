@@ -1,0 +1,115 @@
+"""`metabatch check`: build everything, draw two batches, take one step, leave nothing behind."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main(words: list[str]) -> None:
+    """A Hydra application like `train`, whose directories are nowhere."""
+    from metabatch_cli.commands.hydra_app import launch
+
+    scratch = tempfile.mkdtemp(prefix="metabatch-check-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    nowhere = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+    launch("train", __name__, "metabatch check", words=[*words, *nowhere])
+
+
+def job(config: DictConfig) -> None:
+    """Check one configuration and report."""
+    import torch
+
+    from metabatch_cli.batching.task import as_task, digest
+    from metabatch_cli.config import choices
+    from metabatch_cli.config.check import check
+    from metabatch_cli.config.errors import UserError
+    from metabatch_cli.engine.run import Parts, describe
+    from metabatch_cli.report.console import Reporter
+
+    reporter = Reporter()
+    parts = Parts(check(choices.resolve(config)))
+    parts.build()
+    reporter.plan("checking", describe(parts))
+
+    with parts.loader as loader:
+        batches = loader.stream()
+        first, second = next(batches), next(batches)
+        if digest(first) != digest(loader.batch_at(0)):
+            raise UserError(
+                "taskset: the same batch, made twice, differs: the task set draws from a generator "
+                "of its own or changes while it is read"
+            )
+        rate = _rate(lambda: next(batches))
+    task = as_task(first)
+    shapes = [(name, _outline(getattr(task, name))) for name in task._fields[:4]]
+    reporter.plan("batch", [*shapes, *((f"aux.{k}", _outline(v)) for k, v in task.aux.items())])
+
+    from metabatch_cli.engine.evaluator import evaluate
+    from metabatch_cli.engine.run_directory import RunDirectory
+    from metabatch_cli.engine.trainer import Trainer
+
+    nowhere = RunDirectory(tempfile.gettempdir())
+    trainer = Trainer(
+        parts.config.trainer,
+        nowhere,
+        parts.learner,
+        parts.optimizer,
+        parts.scheduler,
+        parts.loader,
+        {},
+        [],
+        reporter,
+    )
+    loss = trainer.update(trainer.precision.prepare(first))
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss of the first step is {loss.item()}")
+    without = [name for name, p in parts.learner.named_parameters() if p.grad is None]
+    steps = _rate(lambda: trainer.update(trainer.precision.prepare(second)))
+    for split in ("val", "test"):
+        evaluate(
+            parts.learner,
+            parts.evaluation_loaders(split),
+            parts.precision,
+            split=split,
+            n_tasks=parts.config.evaluation.batch_size,
+        )
+    size = parts.config.loader.batch_size
+    rows = [
+        ("loss", f"{loss.item():.4g} at the first step"),
+        ("creation", f"{rate:,.0f} batches/s, {rate * size:,.0f} tasks/s"),
+        ("step", f"{steps:,.0f} steps/s"),
+        ("waiting", f"{_waiting(rate, steps, loader.num_workers):.0%} of the time, estimated"),
+        ("evaluation", f"val and test scored, {parts.config.evaluation.batch_size} tasks each"),
+    ]
+    if without:
+        rows.append(("no gradient", ", ".join(without)))
+    reporter.plan("report", rows)
+    reporter.say("all is well")
+
+
+def _rate(action: Any, seconds: float = 0.5) -> float:
+    """How often a second something can be done, over half a second or ten times."""
+    action()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or count < 3:
+        action()
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
+def _waiting(rate: float, steps: float, workers: int) -> float:
+    """The part of a training's time in which it waits for tasks."""
+    if workers:  # creation and steps go on side by side
+        return max(0.0, 1 - rate / steps)
+    return steps / (steps + rate)
+
+
+def _outline(leaf: Any) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"

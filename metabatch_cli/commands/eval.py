@@ -1,0 +1,138 @@
+"""`metabatch eval run=DIR`: score a run on held-out tasks, the same or other ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HELP = """Score a finished or interrupted run on held-out tasks.
+
+usage: metabatch eval run=DIR [KEY=VALUE ...]
+
+  run=DIR                      the run's directory; its own configuration is the basis
+  evaluation.tasks=10000       how many test tasks
+  taskset.max_ctx_pts=5        other test tasks: any key of the task set
+  trainer.test_on=last         the last weights instead of the best ones
+  -m taskset.max_ctx_pts=1,5   a table for each value
+  --cfg job                    the configuration, without scoring
+
+Writes DIR/evaluations/NAME.json, NAME being what was changed."""
+
+
+def main(words: list[str]) -> None:
+    """A Hydra application whose primary configuration is the run's own."""
+    from metabatch_cli.config.errors import UserError
+    from metabatch_cli.engine.run_directory import RunDirectory
+
+    given = [word for word in words if re.match(r"\+*run=", word)]
+    rest = [word for word in words if word not in given]
+    if not given or not given[-1].partition("=")[2]:
+        if {"-h", "--help"} & set(words):
+            print(HELP)
+            return
+        raise UserError("run=DIR is missing: which run shall be scored?\n" + HELP.splitlines()[2])
+    directory = given[-1].partition("=")[2].strip("'\"")
+    run = RunDirectory.existing(directory)
+
+    from metabatch_cli.commands.hydra_app import launch
+
+    settings = [
+        f"hydra.run.dir={_quoted(run.path)}",
+        f"hydra.sweep.dir={_quoted(run.evaluations)}",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+        "hydra.job.name=metabatch",
+        "hydra/job_logging=none",
+        f"+run={_quoted(run.path)}",
+    ]
+    launch("config", __name__, "metabatch eval", config_path=run.path, words=[*rest, *settings])
+
+
+def job(config: DictConfig) -> dict[str, Any]:
+    """Score the run; print a table and write it as JSON."""
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("+run=")]
+    return evaluate_run(config, overrides)
+
+
+def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Score a run under a configuration that may differ from its own in the test tasks.
+
+    Args:
+        config: the run's, with overrides, and `run`, its directory.
+        overrides: as typed.
+
+    Returns:
+        What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `digests`.
+    """
+    from metabatch_cli.config import choices
+    from metabatch_cli.engine.run import load_run
+    from metabatch_cli.engine.run_directory import write_json
+    from metabatch_cli.report.console import Reporter
+
+    plain = choices.resolve(config)
+    directory = plain.pop("run")
+    changed = {
+        word.lstrip("+").partition("=")[0]: word.partition("=")[2]
+        for word in overrides
+        if word.lstrip("+").startswith("taskset.")
+    }
+    if changed:  # what was typed beats the run's own test sets, and names the result
+        name = ",".join(f"{key.removeprefix('taskset.')}={value}" for key, value in changed.items())
+        plain["evaluation"]["test"] = {name: _below(plain["taskset"], list(changed))}
+    run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
+    evaluation = run.score()
+    reporter = Reporter()
+    reporter.result(f"test, weights of step {run.step:,}", evaluation.metrics)
+    written = {
+        "run": str(run.directory.path),
+        "step": run.step,
+        "weights": plain["trainer"]["test_on"],
+        "overrides": overrides,
+        "metrics": evaluation.metrics,
+        "digests": evaluation.digests,
+    }
+    file = run.directory.evaluations / f"{_file_name(overrides)}.json"
+    write_json(file, written)
+    reporter.say(f"written: {file}")
+    return written
+
+
+def complete(words: list[str]) -> list[str]:
+    """`run=` first, then directories."""
+    last = words[-1]
+    if any(word.startswith("run=") for word in words[:-1]):
+        return []
+    if not last.startswith("run="):
+        return ["run="]
+    begun = Path(last.removeprefix("run=") or ".")
+    parent = begun if last.endswith("/") or last == "run=" else begun.parent
+    folders = sorted(entry for entry in parent.glob("*") if entry.is_dir())
+    return [f"run={folder}{os.sep}" for folder in folders if f"run={folder}".startswith(last)]
+
+
+def _below(taskset: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """Of the task set, the top-level entries that the dotted keys are in."""
+    names = {key.split(".")[1] for key in keys}
+    return {name: taskset[name] for name in names if name in taskset}
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value of an override, whatever characters it has."""
+    return "'" + str(path).replace("'", r"\'") + "'"
+
+
+def _file_name(overrides: list[str]) -> str:
+    text = re.sub(r"[^\w.=,-]+", "_", ",".join(overrides))
+    return text[:150] or "test"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""The one place where a verb becomes a Hydra application."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from metabatch_cli.config.compose import config_dir
+
+
+def launch(
+    config_name: str,
+    module: str,
+    program: str,
+    *,
+    config_path: Path | None = None,
+    words: list[str] | None = None,
+) -> None:
+    """Run `module.job(config)` as a Hydra application over the command line.
+
+    Args:
+        config_name: the primary configuration.
+        module: where the job is; imported only when it has to run.
+        program: what help calls the application.
+        config_path: where the primary configuration is, if not in the shipped ones.
+        words: the command line, if not as it stands in `sys.argv`.
+    """
+    import hydra
+
+    if words is not None:
+        sys.argv = [program, *words]
+    path = str(config_path or config_dir())
+    hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
+
+
+class _Job:
+    """A job that imports its function, and so torch, where it runs; picklable for launchers."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.__name__ = self.__qualname__ = "job"
+
+    def __call__(self, config: Any) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        logging.getLogger("metabatch").propagate = False  # Hydra's handlers would say it twice
+        job: Callable[[Any], Any] = import_module(self.module).job
+        debug = "METABATCH_DEBUG" in os.environ
+        if debug or HydraConfig.get().mode == RunMode.MULTIRUN:
+            return job(config)
+        try:
+            return job(config)
+        except Exception as error:  # here and not in the app: Hydra would print a line of its own
+            from metabatch_cli.config.errors import explain
+
+            print(f"metabatch: {explain(error)}", file=sys.stderr)
+            sys.exit(1)

@@ -1,0 +1,147 @@
+"""From a checked configuration to task sets, loaders and learners: the one caller of Hydra's
+instantiate."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.task import as_task, slice_tasks
+from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from metabatch_cli.config.check import FROM_SPEC, locate, test_sets
+from metabatch_cli.config.errors import ConfigError, UserError
+from metabatch_cli.config.schema import Config, EvaluationConfig
+from metabatch_cli.learners.learner import Learner
+
+
+REFUSALS = (ValueError, TypeError, OSError)  # what a constructor says about its arguments
+
+
+def build(key: str, node: Mapping[str, Any], **extra: Any) -> Any:
+    """The object of a component; of `extra` it is given what its constructor asks for.
+
+    Raises:
+        ConfigError: the constructor refuses its arguments; its own words behind the key.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    target = locate(f"{key}._target_", node["_target_"])
+    asked = set(inspect.signature(target).parameters)
+    extra = {name: value for name, value in extra.items() if name in asked and name not in node}
+    try:
+        # as a partial first: what we add is given as it is, not through OmegaConf
+        return instantiate({**node, "_partial_": True}, _convert_="all")(**extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        text = str(cause) if isinstance(cause, REFUSALS) else str(error).splitlines()[0]
+        raise _refused(key, text, node) from error
+    except REFUSALS as error:
+        raise _refused(key, str(error), node) from error
+
+
+def build_taskset(
+    config: Config, split: Split, overrides: Mapping[str, Any] | None = None, key: str = "taskset"
+) -> TaskSet:
+    """The task set of a split.
+
+    Args:
+        overrides: keys of the task set that differ from the training set's.
+        key: what a mistake is reported under.
+    """
+    node = {**config.taskset, **(overrides or {})}
+    node.pop("split", None)
+    node.pop("eval", None)
+    taskset = build(key, node, split=split, eval=split != "train")
+    if not isinstance(taskset, TaskSet):
+        raise ConfigError(
+            f"{key}._target_",
+            f"is a {type(taskset).__name__}, not a TaskSet",
+            value=node["_target_"],
+        )
+    taskset.split = split  # a set that does not know of splits has other streams at least
+    return taskset
+
+
+def build_loader(config: Config, taskset: TaskSet) -> TaskLoader:
+    """The training loader."""
+    fields = dict(vars(config.loader))
+    try:
+        return TaskLoader(taskset, **fields, seed=config.seed)
+    except REFUSALS as error:
+        raise _refused("loader", str(error), fields) from error
+
+
+def build_evaluation_loaders(config: Config, split: Split) -> dict[str, TaskLoader]:
+    """A loader for each named set of a held-out split; frozen by `evaluation.seed`."""
+    evaluation: EvaluationConfig = config.evaluation
+    loaders = {}
+    for name, overrides in test_sets(getattr(evaluation, split)).items():
+        key = f"evaluation.{split}" + (f".{name}" if name else "") if overrides else "taskset"
+        taskset = build_taskset(config, split, overrides, key)
+        loaders[name] = TaskLoader(
+            taskset,
+            evaluation.batch_size,
+            shuffle=True,
+            device=config.loader.device,
+            seed=evaluation.seed,
+        )
+    return loaders
+
+
+def build_learner(config: Config, spec: TaskSpec) -> Learner:
+    """Network and learner, initialised by the global generator of torch."""
+    facts = {name: getattr(spec, name) for name in FROM_SPEC}
+    model = build("model", config.model, **facts)
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model._target_", f"is a {type(model).__name__}, not an nn.Module")
+    learner = build("learner", config.learner, model=model, **facts)
+    if not isinstance(learner, Learner):
+        raise ConfigError("learner._target_", f"is a {type(learner).__name__}, not a Learner")
+    return learner
+
+
+def build_optimizer(config: Config, learner: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the learner's parameters."""
+    return cast(
+        torch.optim.Optimizer,
+        build("optimizer", config.optimizer, params=list(learner.parameters())),
+    )
+
+
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> Any:
+    """The learning-rate schedule, None for a constant rate."""
+    return build("scheduler", config.scheduler, optimizer=optimizer) if config.scheduler else None
+
+
+def _refused(key: str, text: str, node: Mapping[str, Any]) -> UserError:
+    """The constructor's own words, behind the dotted key where they begin with an argument."""
+    name = re.match(r"\w+", text)
+    if name and name.group() in node:
+        return UserError(f"{key}.{text}")
+    return UserError(f"{key}: {text}")
+
+
+def spec_of(taskset: TaskSet, batch: Any) -> TaskSpec:
+    """What a task set says of itself, or what its first batch shows.
+
+    Args:
+        batch: any batch of it.
+    """
+    if taskset.spec is not None:
+        return taskset.spec
+    try:
+        task = slice_tasks(as_task(batch), 0, 1)
+    except TypeError as error:
+        raise ConfigError("taskset", str(error)) from error
+    x_shape = tuple(task.context_x.shape[2:])
+    if task.context_y.is_floating_point():
+        return TaskSpec(x_shape=x_shape, y_shape=tuple(task.context_y.shape[2:]))
+    ways = int(max(task.context_y.max(), task.target_y.max())) + 1
+    return TaskSpec(x_shape=x_shape, y_shape=(), kind="classification", ways=ways)

@@ -1,0 +1,268 @@
+"""Validation: every key, type, bound and component signature, before anything is built."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+
+from metabatch_cli.config.errors import ConfigError, UserError, nearest
+from metabatch_cli.config.schema import COMPONENTS, Config
+
+# what the builder passes by itself, and nobody has to write into YAML
+FROM_SPEC = {"dim_x", "dim_y", "x_shape", "y_shape", "ways", "image_shape"}
+PROVIDED: dict[str, set[str]] = {
+    "taskset": {"split", "eval"},
+    "model": FROM_SPEC,
+    "learner": FROM_SPEC | {"model"},
+    "optimizer": {"params"},
+    "scheduler": {"optimizer"},
+}
+
+_WORDING = {
+    "greater than or equal to": "at least",
+    "greater than": "more than",
+    "less than or equal to": "at most",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid dictionary": "a mapping",
+}
+_HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
+
+
+def check(config: Mapping[str, Any]) -> Config:
+    """The configuration as an object, every part of it checked.
+
+    Args:
+        config: plain and resolved.
+
+    Raises:
+        ConfigError: the first key that cannot be as it is.
+    """
+    try:
+        checked = _adapter(Config).validate_python(dict(config))
+    except ValidationError as error:
+        raise _first_mistake(error, config) from None
+    for section in COMPONENTS:
+        node = getattr(checked, section)
+        if node or section != "scheduler":
+            setattr(checked, section, check_component(section, node, PROVIDED[section]))
+    for name, node in checked.logger.items():
+        checked.logger[name] = check_component(f"logger.{name}", node, {"directory"})
+    for split in ("val", "test"):
+        for name, overrides in test_sets(getattr(checked.evaluation, split)).items():
+            key = f"evaluation.{split}" + (f".{name}" if name else "")
+            check_overrides(key, checked.taskset, overrides)
+    return checked
+
+
+def test_sets(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The named task sets of `evaluation.val` or `.test`; one without a name is named "".
+
+    Several sets are named by what tells them apart, as it shall stand in the result:
+    `{"shots=1": {…}, "shots=5": {…}}`. Anything else is the overrides of a single set.
+    """
+    if overrides and all("=" in str(name) for name in overrides):
+        return {str(name): dict(part or {}) for name, part in overrides.items()}
+    return {"": dict(overrides)}
+
+
+def check_overrides(key: str, component: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Check a component that differs in a few keys, naming those where one is wrong."""
+    try:
+        check_component(key, {**component, **overrides}, PROVIDED["taskset"])
+    except ConfigError as error:
+        if any(error.key.startswith(f"{key}.{name}") for name in overrides):
+            raise
+
+
+def check_component(key: str, node: Any, provided: Iterable[str] = ()) -> dict[str, Any]:
+    """A component whose target exists and whose arguments fit its signature.
+
+    Args:
+        key: where it stands, for the message.
+        node: `_target_` and keyword arguments.
+        provided: arguments that the builder will add.
+
+    Returns:
+        The component with its values converted to the types that the signature asks for.
+
+    Raises:
+        ConfigError: no such target; an unknown, missing or ill-typed argument.
+    """
+    if not isinstance(node, Mapping) or not node.get("_target_"):
+        raise ConfigError(f"{key}._target_", "is missing: it names the class to build")
+    target = locate(f"{key}._target_", str(node["_target_"]))
+    parameters = _parameters(target)
+    given = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = [
+        name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    unknown = [name for name in given if name not in names]
+    if unknown and not takes_any:
+        raise ConfigError(
+            f"{key}.{unknown[0]}",
+            f"{target.__name__} has no such argument",
+            allowed=[name for name in names if name not in provided or name in FROM_SPEC],
+            wrong_name=unknown[0],
+        )
+    for name in names:
+        required = parameters[name].default is inspect.Parameter.empty
+        if required and name not in given and name not in provided:
+            raise ConfigError(f"{key}.{name}", f"is missing: {target.__name__} needs it")
+    hints = _hints(target)
+    checked = {name: node[name] for name in node if name in _HYDRA_KEYS}
+    for name, value in given.items():
+        checked[name] = _check_value(f"{key}.{name}", value, hints.get(name, Any))
+    return checked
+
+
+def locate(key: str, path: str) -> Any:
+    """The object that an import path names.
+
+    Raises:
+        ConfigError: it cannot be imported; says which part of the path is wrong.
+    """
+    parts = path.split(".")
+    if not all(part.isidentifier() for part in parts) or len(parts) < 2:
+        raise ConfigError(key, "is no import path", value=path, allowed="package.module.ClassName")
+    for end in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:end])
+        try:
+            found: Any = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (
+                module_name == error.name or module_name.startswith(error.name + ".")
+            ):
+                continue
+            raise ConfigError(
+                key, f"importing {module_name} failed: {error}", value=path
+            ) from error
+        except Exception as error:
+            problem = f"importing {module_name} failed: {type(error).__name__}: {error}"
+            raise ConfigError(key, problem, value=path) from error
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                names = [name for name in vars(found) if not name.startswith("_")]
+                names += [entry.name for entry in iter_modules(getattr(found, "__path__", []))]
+                near = nearest(part, names)
+                hint = f"\n  did you mean '{module_name}.{near}'?" if near else ""
+                raise ConfigError(key, f"{module_name} has no {part!r}{hint}", value=path)
+            found = getattr(found, part)
+        if not callable(found):
+            raise ConfigError(key, f"is a {type(found).__name__}, not a class", value=path)
+        return found
+    raise ConfigError(
+        key,
+        f"there is no module {parts[0]!r}",
+        value=path,
+        allowed="a module that is installed, or one in the current directory",
+    )
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # some C types have none to show
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return get_type_hints(function, include_extras=True)
+    except Exception:  # names that exist for type checkers only: names are checked all the same
+        return {}
+
+
+def _check_value(key: str, value: Any, hint: Any) -> Any:
+    if isinstance(value, Mapping) and "_target_" in value:
+        return check_component(key, value)
+    if isinstance(value, list) and any(isinstance(v, Mapping) and "_target_" in v for v in value):
+        return [_check_value(f"{key}.{number}", v, Any) for number, v in enumerate(value)]
+    adapter = _adapter_or_none(hint)
+    if adapter is None:
+        return value
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise _wrong_value(key, value, error) from None
+
+
+def _adapter_or_none(hint: Any) -> TypeAdapter[Any] | None:
+    try:
+        return _adapter(hint)
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError):
+        return None
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except Exception as error:
+        if "config" not in str(error):
+            raise
+        return TypeAdapter(hint)  # a dataclass brings its own
+
+
+def _first_mistake(error: ValidationError, config: Mapping[str, Any]) -> UserError:
+    mistakes = error.errors()
+    first = mistakes[0]
+    location = [str(part) for part in first["loc"]]
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        key, known = ".".join(location), _keys_beside(location)
+        return ConfigError(key, "there is no such key", allowed=known, wrong_name=location[-1])
+    if first["type"].startswith("missing"):
+        return ConfigError(".".join(location), "is missing")
+    # a union reports every branch under the key that it stands for
+    depth = _depth_in(config, location)
+    key = ".".join(location[:depth])
+    return _wrong_value(
+        key, first["input"], error, [m for m in mistakes if _under(m, location, depth)]
+    )
+
+
+def _under(mistake: Any, location: list[str], depth: int) -> bool:
+    return [str(part) for part in mistake["loc"][:depth]] == location[:depth]
+
+
+def _depth_in(config: Any, location: list[str]) -> int:
+    for depth, part in enumerate(location):
+        if not isinstance(config, Mapping) or part not in config:
+            return max(depth, 1)
+        config = config[part]
+    return len(location)
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    kind: Any = Config
+    hints = get_type_hints(kind)
+    for part in location[:-1]:
+        kind = hints.get(part, kind)
+        hints = get_type_hints(kind)
+    return [field.name for field in fields(kind)]
+
+
+def _wrong_value(
+    key: str, value: Any, error: ValidationError, mistakes: list[Any] | None = None
+) -> ConfigError:
+    wanted: list[str] = []
+    for mistake in mistakes if mistakes is not None else error.errors():
+        text = mistake["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        text = text.split(", unable to parse")[0].split(", got a number")[0]
+        for theirs, ours in _WORDING.items():
+            text = text.replace(theirs, ours)
+        if text not in wanted:
+            wanted.append(text)
+    return ConfigError(key, "is not allowed", value=value, allowed=" or ".join(wanted))

@@ -1,0 +1,94 @@
+"""What is left to the machine, `auto` or null, decided once and written into the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from metabatch_cli.config.errors import ConfigError
+
+
+def resolve(config: DictConfig, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration as plain values, nothing left to be chosen or interpolated.
+
+    Args:
+        config: as composed.
+        saved: the configuration of the run that is resumed: what was chosen there stays.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    for key, choose in CHOICES.items():
+        if OmegaConf.select(config, key) in (None, "auto"):
+            before = _select(saved or {}, key)
+            OmegaConf.update(config, key, choose(config) if before is None else before)
+    device = OmegaConf.select(config, "loader.device")
+    if device is not None:
+        check_device(device)
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def default_data_dir() -> str:
+    """`$METABATCH_DATA`, else a folder in the user's cache."""
+    import platformdirs
+
+    given = os.environ.get("METABATCH_DATA")
+    return str(
+        Path(given).resolve() if given else platformdirs.user_cache_path("metabatch") / "data"
+    )
+
+
+def check_device(device: Any) -> None:
+    """Raise ConfigError unless torch can compute on the device of that name."""
+    import torch
+
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    here += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if str(device) not in here:
+        raise ConfigError(
+            "loader.device",
+            "there is no such device here",
+            value=device,
+            allowed=["auto", *here],
+            wrong_name=str(device),
+        )
+
+
+def _choose_device(config: DictConfig) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choose_pinning(config: DictConfig) -> bool:
+    return str(OmegaConf.select(config, "loader.device")).startswith("cuda")
+
+
+def _choose_threads(config: DictConfig) -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# in this order: pinning follows the device
+CHOICES: dict[str, Callable[[DictConfig], Any]] = {
+    "data_dir": lambda config: default_data_dir(),
+    "loader.device": _choose_device,
+    "loader.pin_memory": _choose_pinning,
+    "trainer.threads": _choose_threads,
+}
+
+
+def _select(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return None
+        tree = tree[part]
+    return tree

@@ -1,0 +1,49 @@
+"""Where the configurations are, and how to compose one from Python."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def config_dir() -> Path:
+    """The folder of the shipped configurations: in the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    packaged = package / "_configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
+
+
+def compose(*overrides: str, config_name: str = "train", user_dir: str | None = None) -> DictConfig:
+    """Compose a configuration as the command line does.
+
+    Args:
+        overrides: as typed behind `metabatch train`: `"+experiment=cnp_sine"`, `"seed=1"`.
+        config_name: the primary configuration.
+        user_dir: a folder of further configurations, as with `--config-dir`.
+
+    Raises:
+        UserError: a name or value that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from metabatch_cli.config.errors import readable
+
+    words = list(overrides)
+    if user_dir is not None:
+        words.append(f"hydra.searchpath=[file://{os.path.abspath(user_dir)}]")
+    outer = GlobalHydra.instance().hydra  # composing inside a Hydra application must not end it
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="metabatch"):
+            return hydra_compose(config_name, words)
+    except Exception as error:
+        message = readable(error)
+        raise error if message is None else message from error
+    finally:
+        GlobalHydra.instance().hydra = outer

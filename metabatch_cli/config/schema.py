@@ -1,0 +1,190 @@
+"""What a configuration may say: a dataclass for each section, with bounds and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+from pydantic import ConfigDict
+
+Component = dict[str, Any]
+"""A `_target_`, the import path of a class or function, and its keyword arguments."""
+
+Count = Annotated[int, Ge(1)]
+Auto = Literal["auto"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass
+class LoaderConfig:
+    """How batches of tasks are made and moved."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    batch_size: Count = 16
+    """Tasks of one optimisation step, over all ranks."""
+
+    workers: Annotated[int, Ge(0)] | Auto = 0
+    """Processes that create tasks; 0 creates them in the training process."""
+
+    prefetch_factor: Count = 2
+    """Batches that each worker is ahead."""
+
+    persistent_workers: bool = True
+    """Whether workers live on from one epoch to the next."""
+
+    pin_memory: bool | Auto = "auto"
+    """Page-locked memory for the copy to a GPU; auto: where the device is one."""
+
+    device: str = "auto"
+    """Where model and batches live: cpu, cuda, cuda:1, mps; auto: cuda where there is one."""
+
+    shuffle: bool = True
+    """Whether every epoch of a finite task set has an order of its own."""
+
+    drop_last: bool = True
+    """Whether an epoch's last batch is left out where it is not full."""
+
+    n_batches: Count | None = None
+    """Full batches in an epoch, over repeated passes; null: one pass."""
+
+    shards: Count = 1
+    """Equal parts of the batch with a random stream each; as many ranks can share it."""
+
+    timeout: Annotated[float, Ge(0)] = 0.0
+    """Seconds to wait for a worker's batch; 0 waits for ever."""
+
+
+@dataclass
+class TrainerConfig:
+    """The loop: how long, how exact, and what it does every so many steps."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    max_steps: Count = 10_000
+    """Optimisation steps."""
+
+    max_time: Annotated[float, Gt(0)] | None = None
+    """Seconds of training after which it ends, over all resumes; null: no limit."""
+
+    log_every: Count = 100
+    """Steps between two rows of training metrics."""
+
+    eval_every: Count = 1_000
+    """Steps between two validations."""
+
+    eval_tasks: Count = 256
+    """Validation tasks, the same ones every time."""
+
+    checkpoint_every: Count = 1_000
+    """Steps between two checkpoints; one is also written at the end and when interrupted."""
+
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    """The largest norm of a gradient, larger ones are scaled down; null: no limit."""
+
+    accumulate: Count = 1
+    """Parts that a batch is cut into, one after the other, to save memory; the step is the same."""
+
+    precision: Literal[64, 32, "bf16"] = 32
+    """Bits of the numbers; bf16 computes in bfloat16 where that is safe, weights stay float32."""
+
+    compile: bool = False
+    """Whether torch.compile builds the step; it takes a while to begin with."""
+
+    threads: Count | Auto = "auto"
+    """CPU threads of the training process; auto: one for each core at hand."""
+
+    monitor: str | None = None
+    """The validation metric that picks best.pt; null: the learner's own."""
+
+    patience: Count | None = None
+    """Validations without a better score after which training ends; null: no limit."""
+
+    test_on: Literal["best", "last"] = "best"
+    """Which weights the final test takes."""
+
+    init_from: str | None = None
+    """A run directory or checkpoint whose weights training begins with; null: none."""
+
+    overfit: bool = False
+    """Whether every step sees the first batch again: a test of the learner, not a training."""
+
+    profile: bool = False
+    """Whether to write a profile of some steps, profile.json, for chrome://tracing."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out tasks: how many, which ones, and how they differ from the training tasks."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    tasks: Count = 1_000
+    """Test tasks for each test set."""
+
+    batch_size: Count = 16
+    """Tasks at a time; part of what makes them the same tasks again."""
+
+    seed: int = 0
+    """Chooses the validation and test tasks; the training seed does not."""
+
+    figures: bool = True
+    """Whether to draw predictions and learning curves at the end."""
+
+    val: dict[str, Any] = field(default_factory=dict)
+    """Keys of the task set that differ for validation; or several such sets, named key=value."""
+
+    test: dict[str, Any] = field(default_factory=dict)
+    """Keys of the task set that differ for the test; or several such sets, named key=value."""
+
+
+@dataclass
+class Config:
+    """A whole configuration. Components are checked against their own signatures."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    taskset: Component
+    """The task set that training draws from."""
+
+    model: Component
+    """The network."""
+
+    learner: Component
+    """The meta-learning algorithm around it."""
+
+    optimizer: Component
+    """A torch.optim class; it is given the learner's parameters."""
+
+    scheduler: Component = field(default_factory=dict)
+    """A torch.optim.lr_scheduler class, stepped once a step; empty: none."""
+
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How batches are made and moved."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The training loop."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Validation and test."""
+
+    logger: dict[str, Component] = field(default_factory=dict)
+    """Further loggers by name; metrics.jsonl is always written."""
+
+    launcher: dict[str, Any] = field(default_factory=dict)
+    """How a sweep's jobs are run."""
+
+    seed: int = 0
+    """Seeds the initialisation of the model, the training tasks and the loop's own draws."""
+
+    data_dir: str | None = None
+    """A folder for each dataset; null: $METABATCH_DATA, else the user's cache folder."""
+
+    fresh: bool = False
+    """Whether to start anew where the run directory holds a run already."""
+
+
+SECTIONS = ("loader", "trainer", "evaluation")
+COMPONENTS = ("taskset", "model", "learner", "optimizer", "scheduler")

@@ -1,0 +1,137 @@
+"""Evaluation: a learner's scores on frozen held-out tasks, with intervals."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.task import digest, slice_tasks
+from metabatch_cli.engine.precision import Precision
+from metabatch_cli.learners.learner import Learner, Metric
+
+Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
+
+
+@dataclass
+class Evaluation:
+    """Scores on the held-out tasks of one split.
+
+    Attributes:
+        metrics: by `SPLIT/METRIC[@QUALIFIERS]`: `mean` over tasks, `ci95` (a half-width; None
+            for a single task), `tasks`, and `oracle` where the best possible score is known.
+        digests: SHA-256 of the tasks of each set, by `SPLIT[@QUALIFIERS]`.
+    """
+
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def find(self, split: str, metric: str) -> float | None:
+        """The mean of a metric: under its exact name, else over all named sets that have it."""
+        exact = self.metrics.get(f"{split}/{metric}")
+        if exact is not None:
+            return exact["mean"]
+        wanted = _parts(metric)
+        found = [
+            entry["mean"]
+            for name, entry in self.metrics.items()
+            if name.startswith(f"{split}/") and _matches(_parts(name[len(split) + 1 :]), wanted)
+        ]
+        return sum(found) / len(found) if found else None
+
+
+def evaluate(
+    learner: Learner,
+    loaders: Mapping[str, TaskLoader],
+    precision: Precision,
+    *,
+    split: str,
+    n_tasks: int,
+) -> Evaluation:
+    """Score a learner on the first `n_tasks` tasks of every set (all of a smaller finite one).
+
+    Args:
+        loaders: by the qualifiers of each set, such as `shots=5`; "" for none.
+        precision: of the learner.
+        split: what the metrics' names begin with.
+
+    Returns:
+        Means and intervals over tasks; the learner is left in the mode that it was in.
+    """
+    evaluation = Evaluation()
+    was_training = learner.training
+    learner.eval()
+    try:
+        for qualifiers, loader in loaders.items():
+            scores, oracle, tasks_digest = _score(learner, loader, n_tasks, precision)
+            for name, values in scores.items():
+                entry = summarise(values)
+                if name in oracle:
+                    entry["oracle"] = summarise(oracle[name])["mean"]
+                evaluation.metrics[f"{split}/{qualified(name, qualifiers)}"] = entry
+            evaluation.digests[qualified(split, qualifiers)] = tasks_digest
+    finally:
+        learner.train(was_training)
+    return evaluation
+
+
+def summarise(values: Tensor) -> dict[str, Any]:
+    """Mean and 95% interval (half-width, normal) of one number for each task, `[tasks]`."""
+    count = len(values)
+    ci95 = Z95 * values.std().item() / math.sqrt(count) if count > 1 else None
+    return {"mean": values.mean().item(), "ci95": ci95, "tasks": count}
+
+
+def qualified(name: str, qualifiers: str) -> str:
+    """`mse@steps=1` of the set `shots=10` as `mse@shots=10,steps=1`."""
+    base, _, own = name.partition("@")
+    together = ",".join(part for part in (qualifiers, own) if part)
+    return f"{base}@{together}" if together else base
+
+
+@torch.no_grad()
+def _score(
+    learner: Learner, loader: TaskLoader, n_tasks: int, precision: Precision
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Scores and oracle's scores, `[tasks]` each on the CPU, and the digest of the tasks."""
+    scores: dict[str, list[Tensor]] = {}
+    oracle: dict[str, list[Tensor]] = {}
+    sha = hashlib.sha256()
+    total = loader.plan.n_tasks
+    wanted = n_tasks if total is None else min(n_tasks, total)
+    for step in range(math.ceil(wanted / loader.batch_size)):
+        keep = min(loader.batch_size, wanted - step * loader.batch_size)
+        batch = slice_tasks(loader.batch_at(step), 0, keep)
+        sha.update(digest(batch).encode())
+        tasks = precision.prepare(batch)
+        with precision.autocast():
+            own = learner.score(tasks)
+        for found, kept in ((own, scores), (loader.dataset.oracle(tasks) or {}, oracle)):
+            for name, values in found.items():
+                kept.setdefault(name, []).append(values.double().cpu())
+    joined = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in (scores, oracle)]
+    return joined[0], joined[1], sha.hexdigest()
+
+
+def monitored(metric: Metric, monitor: str | None) -> Metric:
+    """The metric that picks the best checkpoint: the learner's own, or the one asked for."""
+    if monitor is None or monitor == metric.name:
+        return metric
+    name = monitor.removeprefix("val/")
+    lower = ("loss", "mse", "rmse", "error")  # of what is not known better, more is better
+    return Metric(name, not name.partition("@")[0].endswith(lower))
+
+
+def _parts(name: str) -> tuple[str, set[str]]:
+    base, _, qualifiers = name.partition("@")
+    return base, {part for part in qualifiers.split(",") if part}
+
+
+def _matches(name: tuple[str, set[str]], wanted: tuple[str, set[str]]) -> bool:
+    return name[0] == wanted[0] and wanted[1] <= name[1]

@@ -1,0 +1,180 @@
+"""A run's directory: its files, whole at any moment, and the lock that keeps others out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from metabatch_cli.config.errors import UserError, nearest
+
+_held: set[Path] = set()  # a process's own locks never keep itself out, so we remember them
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Args:
+        path: the directory; it need not exist yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.config_file = self.path / "config.yaml"
+        self.overrides_file = self.path / "overrides.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.result_file = self.path / "result.json"
+        self.log_file = self.path / "train.log"
+        self.last_checkpoint = self.path / "checkpoints" / "last.pt"
+        self.best_checkpoint = self.path / "checkpoints" / "best.pt"
+        self.figures = self.path / "figures"
+        self.evaluations = self.path / "evaluations"
+        self.profile_file = self.path / "profile.json"
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str], key: str = "run") -> RunDirectory:
+        """The directory of a run that is there.
+
+        Raises:
+            UserError: it is not there, or holds no run; names runs beside it.
+        """
+        run = cls(path)
+        if run.config_file.is_file():
+            return run
+        if not run.path.is_dir():
+            parent = run.path.parent
+            beside = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+            near = nearest(run.path.name, beside)
+            hint = f"\n  did you mean {parent / near}?" if near else ""
+            raise UserError(f"{key}={path}: there is no such directory{hint}")
+        below = sorted(file.parent for file in run.path.glob("*/**/config.yaml"))[:5]
+        hint = "".join(f"\n  a run in it: {directory}" for directory in below)
+        raise UserError(f"{key}={path}: is no run: it holds no config.yaml{hint}")
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config_file.is_file()
+
+    def read_config(self) -> dict[str, Any]:
+        """The run's resolved configuration."""
+        try:
+            config = yaml.safe_load(self.config_file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.config_file}: is no valid configuration: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config_file}: is no configuration")
+        return config
+
+    def write_config(self, config: Mapping[str, Any], overrides: list[str] | None = None) -> None:
+        """Write the resolved configuration, and what was typed to get it."""
+        write_text(self.config_file, yaml.safe_dump(dict(config), sort_keys=False, width=100))
+        if overrides is not None:
+            write_text(self.overrides_file, yaml.safe_dump(list(overrides)))
+
+    def read_result(self) -> dict[str, Any]:
+        """`result.json`; empty where there is none yet."""
+        try:
+            return json.loads(self.result_file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def write_result(self, **entries: Any) -> dict[str, Any]:
+        """Update `result.json`; returns it whole."""
+        result = {**self.read_result(), **entries}
+        write_json(self.result_file, result)
+        return result
+
+    def clear(self) -> None:
+        """Delete what a run wrote here, and nothing else."""
+        for file in (
+            self.config_file,
+            self.overrides_file,
+            self.metrics_file,
+            self.result_file,
+            self.log_file,
+            self.profile_file,
+        ):
+            file.unlink(missing_ok=True)
+        for folder in (self.last_checkpoint.parent, self.figures, self.evaluations):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out; the lock dies with this process, however it dies.
+
+        Raises:
+            UserError: somebody else is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # a POSIX record lock: workers do not inherit it, so that after a SIGKILL of this process
+        # the run can be resumed at once, and it works on NFS
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                if self.path in _held:
+                    raise BlockingIOError
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise UserError(f"{self.path}: is in use by {owner}") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            _held.add(self.path)
+            try:
+                yield
+            finally:
+                _held.discard(self.path)
+
+
+def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Replace a file as a whole: whoever reads it sees the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def write_json(file: Path, tree: Any) -> None:
+    """Replace a JSON file as a whole; what is not finite becomes null."""
+    write_text(file, json.dumps(finite(tree), indent=2) + "\n")
+
+
+def finite(tree: Any) -> Any:
+    """The tree with None for every number that JSON cannot hold."""
+    if isinstance(tree, Mapping):
+        return {str(key): finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(value) for value in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return tree
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,311 @@
+"""The training loop: receive tasks, learn, log, validate, save, until it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabatch_cli.batching.loader import StateMismatch, TaskLoader
+from metabatch_cli.batching.task import Task, slice_tasks
+from metabatch_cli.config.errors import UserError
+from metabatch_cli.config.schema import TrainerConfig
+from metabatch_cli.engine import checkpoint
+from metabatch_cli.engine.evaluator import evaluate, monitored
+from metabatch_cli.engine.precision import Precision
+from metabatch_cli.engine.run_directory import RunDirectory
+from metabatch_cli.engine.stop import StopSignals
+from metabatch_cli.learners.learner import Learner
+from metabatch_cli.report.console import Reporter
+from metabatch_cli.report.loggers import Logger
+
+log = logging.getLogger("metabatch")
+
+
+class TrainingFailed(UserError):
+    """The loss is no longer a number; says at which step, on which batch, and what is saved."""
+
+
+class Trainer:
+    """One training in one directory, exact to the bit through kills and resumes.
+
+    Args:
+        config: the section `trainer`.
+        run: where checkpoints go.
+        learner, optimizer, scheduler: what learns.
+        loader: training tasks.
+        validation: loaders of the validation sets by their qualifiers.
+        loggers: take the rows of metrics.
+        reporter: tells a person.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        run: RunDirectory,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        loader: TaskLoader,
+        validation: dict[str, TaskLoader],
+        loggers: Sequence[Logger],
+        reporter: Reporter,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.learner = learner
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loader = loader
+        self.validation = validation
+        self.loggers = loggers
+        self.reporter = reporter
+        self.device = loader.device or torch.device("cpu")
+        self.precision = Precision(config.precision, self.device)
+        self.metric = monitored(learner.metric, config.monitor)
+        self.compute_loss = compiled(learner) if config.compile else learner
+        self.stop = StopSignals()
+
+        self.step = 0
+        self.seconds = 0.0  # of training and validation, over all resumes
+        self.best: float | None = None
+        self.evaluations_without_gain = 0
+        self._losses = torch.zeros((), dtype=torch.float64, device=self.device)  # since last row
+        self._counted = 0
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=self.device)  # step, 0 if none
+        self._clock = 0.0
+        self._validated_at = self._saved_at = -1
+
+    # --- the loop, in verbs ------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train until the last step, the last second, the end of patience, or a signal."""
+        self.learner.train()
+        batches = self.batches()
+        self._clock = time.monotonic()
+        with self.stop, self.profiler() as profiler, self.narrate():
+            while not self.finished():
+                tasks = self.precision.prepare(next(batches))
+                loss = self.update(tasks)
+                self.observe(loss)
+                if self.due(self.config.log_every):
+                    self.log_training()
+                if self.due(self.config.eval_every):
+                    self.validate()
+                if self.due(self.config.checkpoint_every):
+                    self.save()
+                profiler.step()
+            if self.stop.received is None and self._validated_at != self.step:
+                self.validate()
+            if self._saved_at != self.step:
+                self.save()
+
+    def batches(self) -> Iterator[Any]:
+        """The batches from the current step on."""
+        if self.config.overfit:
+            return itertools.repeat(self.loader.batch_at(0))
+        return self.loader.stream()
+
+    def finished(self) -> bool:
+        """Whether there is no further step to take."""
+        self._tick()
+        out_of_time = self.config.max_time is not None and self.seconds >= self.config.max_time
+        out_of_patience = (
+            self.config.patience is not None
+            and self.evaluations_without_gain >= self.config.patience
+        )
+        done = self.step >= self.config.max_steps
+        return self.stop.received is not None or done or out_of_time or out_of_patience
+
+    def update(self, tasks: Task) -> Tensor:
+        """One optimisation step; returns the loss, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, total = self.config.accumulate, len(tasks.target_x)
+        size = total // parts
+        losses = []
+        for start in range(0, total, size):
+            part = slice_tasks(tasks, start, start + size) if parts > 1 else tasks
+            with self.precision.autocast():
+                loss = self.compute_loss(part) / parts
+            loss.backward()
+            losses.append(loss.detach())
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+        return losses[0] if parts == 1 else torch.stack(losses).sum()
+
+    def observe(self, loss: Tensor) -> None:
+        """Keep the loss for the next row; notice where it is no longer a number."""
+        self._losses += loss
+        self._counted += 1
+        bad = ~torch.isfinite(loss) & (self._first_bad == 0)
+        self._first_bad = torch.where(bad, self.step, self._first_bad)
+        # looking at the number waits for a GPU to get there: on one we look once a row
+        if self.device.type == "cpu" or self.step % self.config.log_every == 0:
+            self.refuse_bad_loss()
+            self.reporter.advance(self.step, self.config.max_steps, loss.item())
+
+    def refuse_bad_loss(self) -> None:
+        """Raise TrainingFailed if a loss was NaN or infinite: nothing after it is worth saving."""
+        step = int(self._first_bad)
+        if not step:
+            return
+        saved = self.run.last_checkpoint
+        raise TrainingFailed(
+            f"the loss is not finite at step {step:,}\n"
+            f"  batch: {self.loader.plan.spec(0 if self.config.overfit else step - 1)}\n"
+            f"  last checkpoint: {saved if saved.exists() else 'none yet'}\n"
+            "  often helps: a smaller optimizer.lr, trainer.clip_norm=1.0, trainer.precision=64"
+        )
+
+    def log_training(self) -> None:
+        """Write a row of training metrics: means since the last row."""
+        self._tick()
+        row = {
+            "step": self.step,
+            "loss": (self._losses / max(self._counted, 1)).item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self.seconds, 3),
+        }
+        self._losses.zero_()
+        self._counted = 0
+        self.write(row)
+
+    def validate(self) -> None:
+        """Score the validation tasks; keep the weights if they are the best so far."""
+        self.refuse_bad_loss()
+        evaluation = evaluate(
+            self.learner,
+            self.validation,
+            self.precision,
+            split="val",
+            n_tasks=self.config.eval_tasks,
+        )
+        score = evaluation.find("val", self.metric.name)
+        if score is None:
+            raise KeyError(f"{self.metric.name}: the learner's own metric is not among its scores")
+        row: dict[str, Any] = {"step": self.step}
+        for name, entry in evaluation.metrics.items():
+            row[name] = entry["mean"]
+            row.update(
+                {f"{name}/{part}": entry[part] for part in ("ci95", "oracle") if part in entry}
+            )
+        self.write(row)
+        better = math.isfinite(score) and self.metric.is_better(score, self.best)
+        self.evaluations_without_gain = 0 if better else self.evaluations_without_gain + 1
+        if better:
+            self.best = score
+            checkpoint.save(
+                self.run.best_checkpoint,
+                {"learner": self.learner.state_dict(), "step": self.step, "score": score},
+            )
+        self._validated_at = self.step
+        self.reporter.validated(self.step, self.metric.name, score, better)
+
+    def save(self) -> None:
+        """Write last.pt: everything that the next step depends on."""
+        self.refuse_bad_loss()
+        self._tick()
+        checkpoint.save(self.run.last_checkpoint, self.state_dict())
+        self._saved_at = self.step
+
+    # --- their parts -------------------------------------------------------------------------
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now."""
+        return self.step % every == 0 or self.step == self.config.max_steps
+
+    def write(self, row: dict[str, Any]) -> None:
+        """A row of metrics to all loggers."""
+        for logger in self.loggers:
+            logger.log(row)
+
+    @contextlib.contextmanager
+    def narrate(self) -> Iterator[None]:
+        """The progress bar."""
+        with self.reporter.training(self.step, self.config.max_steps):
+            yield
+
+    @contextlib.contextmanager
+    def profiler(self) -> Iterator[Any]:
+        """torch's profiler where it is asked for."""
+        if not self.config.profile:
+            yield _NoProfiler()
+            return
+        with torch.profiler.profile(record_shapes=True) as profile:
+            yield profile
+        profile.export_chrome_trace(str(self.run.profile_file))
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
+        self.reporter.say(f"{table}\nprofile: {self.run.profile_file}")
+
+    # --- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of a checkpoint."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": checkpoint.random_states(),
+            "best": self.best,
+            "evaluations_without_gain": self.evaluations_without_gain,
+            "losses": self._losses.item(),
+            "counted": self._counted,
+        }
+
+    def restore(self) -> None:
+        """Go on from last.pt, where there is one; forget rows that were logged after it."""
+        if self.run.last_checkpoint.exists():
+            state = checkpoint.load(self.run.last_checkpoint, self.device)
+            self.learner.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            try:
+                self.loader.load_state_dict(state["loader"])
+            except StateMismatch as error:
+                raise UserError(f"{self.run.last_checkpoint}: {error}") from error
+            checkpoint.restore_random_states(state["random"])
+            self.step = state["step"]
+            self.seconds = state["seconds"]
+            self.best = state["best"]
+            self.evaluations_without_gain = state["evaluations_without_gain"]
+            self._losses.fill_(state["losses"])
+            self._counted = state["counted"]
+        for logger in self.loggers:
+            logger.rewind(self.step)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._clock if self._clock else 0.0
+        self._clock = now
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        pass
+
+
+def compiled(learner: Learner) -> Any:
+    """The learner's loss through torch.compile; as it is, with a warning, where that fails."""
+    try:
+        import torch._dynamo
+
+        torch._dynamo.config.suppress_errors = True  # no compiler installed: run as it is
+        return torch.compile(learner)
+    except Exception as error:
+        log.warning("trainer.compile=true: not compiled (%s)", error)
+        return learner

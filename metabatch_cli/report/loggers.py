@@ -1,0 +1,74 @@
+"""Loggers: rows of metrics on their way to files; a row is a dict with a `step`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from metabatch_cli.engine.run_directory import finite, write_text
+
+
+class Logger(Protocol):
+    """Takes rows of metrics."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows beyond a step: the training goes on from there."""
+
+    def close(self) -> None:
+        """Finish what is being written."""
+
+
+class JsonlLogger:
+    """One JSON object a line, in `metrics.jsonl`."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.file = Path(directory) / "metrics.jsonl"
+
+    def log(self, row: dict[str, Any]) -> None:
+        with self.file.open("a") as stream:  # opened for each row: nothing waits in a buffer
+            stream.write(json.dumps(finite(row)) + "\n")
+
+    def rewind(self, step: int) -> None:
+        rows = [row for row in read_rows(self.file) if row["step"] <= step]
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def close(self) -> None:
+        pass
+
+
+class CsvLogger:
+    """All rows as one table, `metrics.csv`, with a column for each metric."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.file = Path(directory) / "metrics.csv"
+        self.source = Path(directory) / "metrics.jsonl"
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass  # columns are known once all rows are
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        rows = read_rows(self.source)
+        columns = dict.fromkeys(name for row in rows for name in row)
+        with self.file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(columns))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
