@@ -10,7 +10,8 @@ def main(words: list[str]) -> None:
     """Read the directory and train on."""
     parser = argparse.ArgumentParser(
         prog="metabatch resume",
-        description="Go on with a killed, interrupted or failed run; print a completed one's result.",
+        description="Go on with a killed, interrupted or failed run; of a completed one, print "
+        "the result.",
     )
     parser.add_argument("directory", metavar="DIR", help="the run's directory")
     options = parser.parse_args(words)

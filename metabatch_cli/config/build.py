@@ -19,7 +19,6 @@ from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.config.schema import Config, EvaluationConfig
 from metabatch_cli.learners.learner import Learner
 
-
 REFUSALS = (ValueError, TypeError, OSError)  # what a constructor says about its arguments
 
 

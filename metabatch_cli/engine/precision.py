@@ -1,4 +1,4 @@
-"""The precision of a training: what its tasks are converted to, and what is computed in bfloat16."""
+"""The precision of a training: the type of its numbers, and what is computed in bfloat16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run: from a configuration to a trained, tested and drawn learner, and back from its directory."""
+"""A run: from a configuration to a trained and tested learner, and back from its directory."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Parts:
 
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
-        self.scheduler  # noqa: B018 (the last link of the chain)
+        self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
         self.evaluation_loaders("val")
         self.evaluation_loaders("test")
         if self.config.trainer.monitor is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from metabatch_cli.batching.task import Task
 from metabatch_cli.learners.learner import Learner, Metric
 
-Weights = Mapping[str, Tensor]
+Weights = dict[str, Tensor]
 
 
 class MAML(Learner):
@@ -68,7 +68,7 @@ class MAML(Learner):
         return Metric(f"mse@steps={steps}", higher_is_better=False)
 
     def forward(self, tasks: Task) -> Tensor:
-        weights = dict(self.model.named_parameters())
+        weights: Weights = {**dict(self.model.named_parameters())}
 
         def target_loss(cx: Tensor, cy: Tensor, tx: Tensor, ty: Tensor) -> Tensor:
             adapted = self._adapt(weights, cx, cy, self.inner_steps)

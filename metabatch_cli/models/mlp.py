@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from annotated_types import Ge
@@ -50,7 +51,7 @@ class MLP(nn.Module):
 def layers(dims: Sequence[int], activation: Activation = "relu") -> nn.Sequential:
     """Linear layers from `dims[0]` through `dims[1]` … to `dims[-1]`, activations between."""
     parts: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+    for number, (inputs, outputs) in enumerate(pairwise(dims)):
         if number:
             parts.append(ACTIVATIONS[activation]())
         parts.append(nn.Linear(inputs, outputs))
