@@ -8,6 +8,7 @@ Nothing here imports torch: help, completion and mistakes answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib import import_module
@@ -45,7 +46,8 @@ def main() -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if words and words[0] in ("-sc", "--shell-completion"):
-        complete(program, words)
+        with contextlib.suppress(BrokenPipeError):
+            complete(program, words)
         return
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -33,7 +33,10 @@ def launch(
     import hydra
 
     if words is not None:
-        sys.argv = [program, *words]
+        # a debug configuration changes what an experiment says, so it has to come after it
+        debug = [f"+{word.lstrip('+')}" for word in words if word.lstrip("+").startswith("debug=")]
+        others = [word for word in words if not word.lstrip("+").startswith("debug=")]
+        sys.argv = [program, *others, *debug]
     path = str(config_path or config_dir())
     hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
 

@@ -48,7 +48,7 @@ def main(words: list[str]) -> None:
             )
         groups = [options.group]
     for group in groups:
-        print(f"{group}  ({'+' if group in ('experiment', 'debug') else ''}{group}=NAME)")
+        print(f"{group}  ({'+' if group == 'experiment' else ''}{group}=NAME)")
         entries = {name: text for folder in folders for name, text in describe(folder / group)}
         width = max(map(len, entries), default=0)
         for name, text in sorted(entries.items()):

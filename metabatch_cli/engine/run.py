@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ FREE_TO_CHANGE = (
 
 def train(
     config: DictConfig | Mapping[str, Any],
-    directory: str | Path,
+    directory: str | Path | None = None,
     *,
     overrides: list[str] | None = None,
     reporter: Reporter | None = None,
@@ -60,8 +61,8 @@ def train(
 
     Args:
         config: from `compose(...)`, or a mapping of the same keys.
-        directory: of the run. A run of the same configuration is resumed there, a completed one
-            only read; `fresh: true` starts anew.
+        directory: of the run; None for a new one, `outputs/DATE/TIME`. A run of the same
+            configuration is resumed there, a completed one only read; `fresh: true` starts anew.
         overrides: what was typed, for `overrides.yaml`.
 
     Returns:
@@ -73,7 +74,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came, and the run is saved.
     """
     reporter = reporter or Reporter()
-    run = RunDirectory(directory)
+    run = RunDirectory(directory or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-%f"))
     composed = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     fresh = bool(OmegaConf.select(composed, "fresh"))
     saved = run.read_config() if run.holds_run and not fresh else None
@@ -150,6 +151,9 @@ class Parts:
 
     config: Config
 
+    def __post_init__(self) -> None:
+        torch.set_num_threads(int(self.config.trainer.threads))
+
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
@@ -203,7 +207,6 @@ class Parts:
     @cached_property
     def learner(self) -> Learner:
         """The learner, initialised by the seed or from another run."""
-        torch.set_num_threads(int(self.config.trainer.threads))
         first = self.loader.batch_at(0) if self.taskset.spec is None else None
         checkpoint.seed_everything(self.config.seed)
         learner = build.build_learner(self.config, build.spec_of(self.taskset, first))
@@ -310,7 +313,8 @@ def load_run(
         raise UserError(f"run={directory}: has no checkpoint yet (status: {status_of(run)})")
     state = checkpoint.load(files[0], wanted)
     try:
-        parts.learner.load_state_dict(state["learner"])
+        with checkpoint.preserved_random_states():
+            parts.learner.load_state_dict(state["learner"])
     except RuntimeError as error:
         raise UserError(f"{files[0]}: does not fit the model: {error}") from error
     return Run(run, parts.config, parts.learner.eval(), parts, int(state["step"]))
@@ -461,7 +465,8 @@ def draw(run: RunDirectory, parts: Parts, trainer: Trainer) -> None:
     """Predictions on test tasks and learning curves, in figures/; a failure is only said."""
     taskset = next(iter(parts.evaluation_loaders("test").values())).dataset
     try:
-        from metabatch_cli.report.figures import draw_learning_curves, draw_predictions
+        from metabatch_cli.report.curves import draw_learning_curves
+        from metabatch_cli.report.figures import draw_predictions
 
         with parts.precision.autocast():
             draw_predictions(

@@ -30,6 +30,9 @@ class Learner(nn.Module):
     task set's spec (`dim_x`, `dim_y`, `ways`).
     """
 
+    has_spread = True
+    """Whether the deviation of `predict` means something: figures show it then."""
+
     @property
     def metric(self) -> Metric:
         """The entry of `score` that picks the best checkpoint."""

@@ -34,6 +34,8 @@ class MAML(Learner):
         eval_steps: numbers of inner steps to report; the first positive one is monitored.
     """
 
+    has_spread = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter
 
-from metabatch_cli.report.figures import (
+from metabatch_cli.report.loggers import read_rows
+from metabatch_cli.report.style import (
     BLUE,
     GREEN,
     INK,
@@ -27,7 +28,6 @@ from metabatch_cli.report.figures import (
     house_style,
     save,
 )
-from metabatch_cli.report.loggers import read_rows
 
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _DECADES = 1.5  # positive losses that span more are drawn on a logarithmic scale
