@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.task import digest, slice_tasks
+from metabatch_cli.engine import random_states
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.learners.learner import Learner, Metric
 
@@ -62,14 +63,16 @@ def evaluate(
         split: what the metrics' names begin with.
 
     Returns:
-        Means and intervals over tasks; the learner is left in the mode that it was in.
+        Means and intervals over tasks; the learner is left in the mode that it was in, and the
+        global random generators in the states that they were in.
     """
     evaluation = Evaluation()
     was_training = learner.training
     learner.eval()
     try:
         for qualifiers, loader in loaders.items():
-            scores, oracle, tasks_digest = _score(learner, loader, n_tasks, precision)
+            with random_states.preserved(loader.seed):  # of learners that draw when they score
+                scores, oracle, tasks_digest = _score(learner, loader, n_tasks, precision)
             for name, values in scores.items():
                 entry = summarise(values)
                 if name in oracle:

@@ -21,7 +21,7 @@ from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.config.schema import Config
-from metabatch_cli.engine import checkpoint
+from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.run_directory import RunDirectory
@@ -208,7 +208,7 @@ class Parts:
     def learner(self) -> Learner:
         """The learner, initialised by the seed or from another run."""
         first = self.loader.batch_at(0) if self.taskset.spec is None else None
-        checkpoint.seed_everything(self.config.seed)
+        random_states.seed_everything(self.config.seed)
         learner = build.build_learner(self.config, build.spec_of(self.taskset, first))
         if self.config.trainer.init_from is not None:
             checkpoint.load_weights(learner, self.config.trainer.init_from)
@@ -313,7 +313,7 @@ def load_run(
         raise UserError(f"run={directory}: has no checkpoint yet (status: {status_of(run)})")
     state = checkpoint.load(files[0], wanted)
     try:
-        with checkpoint.preserved_random_states():
+        with random_states.preserved():
             parts.learner.load_state_dict(state["learner"])
     except RuntimeError as error:
         raise UserError(f"{files[0]}: does not fit the model: {error}") from error

@@ -17,7 +17,7 @@ from metabatch_cli.batching.loader import StateMismatch, TaskLoader
 from metabatch_cli.batching.task import Task, slice_tasks
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.config.schema import TrainerConfig
-from metabatch_cli.engine import checkpoint
+from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import evaluate, monitored
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.run_directory import RunDirectory
@@ -61,6 +61,7 @@ class Trainer:
         self.config = config
         self.run = run
         self.learner = learner
+        self.parameters = list(learner.parameters())
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loader = loader
@@ -137,7 +138,7 @@ class Trainer:
             loss.backward()
             losses.append(loss.detach())
         if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -259,7 +260,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "loader": self.loader.state_dict(),
-            "random": checkpoint.random_states(),
+            "random": random_states.random_states(),
             "best": self.best,
             "evaluations_without_gain": self.evaluations_without_gain,
             "losses": self._losses.item(),
@@ -278,7 +279,7 @@ class Trainer:
                 self.loader.load_state_dict(state["loader"])
             except StateMismatch as error:
                 raise UserError(f"{self.run.last_checkpoint}: {error}") from error
-            checkpoint.restore_random_states(state["random"])
+            random_states.restore_random_states(state["random"])
             self.step = state["step"]
             self.seconds = state["seconds"]
             self.best = state["best"]
