@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
+from metabatch_cli.config.compose import config_dir
 from metabatch_cli.config.errors import ConfigError, UserError, nearest
 from metabatch_cli.config.schema import COMPONENTS, Config
 
@@ -224,7 +225,13 @@ def _first_mistake(error: ValidationError, config: Mapping[str, Any]) -> UserErr
         key, known = ".".join(location), _keys_beside(location)
         return ConfigError(key, "there is no such key", allowed=known, wrong_name=location[-1])
     if first["type"].startswith("missing"):
-        return ConfigError(".".join(location), "is missing")
+        return ConfigError(
+            ".".join(location),
+            "nothing is chosen; +experiment=NAME chooses everything",
+            allowed=[
+                f"{location[0]}={file.stem}" for file in (config_dir() / location[0]).glob("*")
+            ],
+        )
     # a union reports every branch under the key that it stands for
     depth = _depth_in(config, location)
     key = ".".join(location[:depth])

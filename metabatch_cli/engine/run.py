@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from metabatch_cli.batching.loader import TaskLoader
-from metabatch_cli.batching.taskset import Split, TaskSet
+from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
 from metabatch_cli.config.errors import ConfigError, UserError
@@ -205,11 +205,17 @@ class Parts:
         return build.build_loader(self.config, self.taskset)
 
     @cached_property
+    def spec(self) -> TaskSpec:
+        """Shapes and kinds, from the task set or from its first batch."""
+        first = self.loader.batch_at(0) if self.taskset.spec is None else None
+        return build.spec_of(self.taskset, first)
+
+    @cached_property
     def learner(self) -> Learner:
         """The learner, initialised by the seed or from another run."""
-        first = self.loader.batch_at(0) if self.taskset.spec is None else None
+        spec = self.spec
         random_states.seed_everything(self.config.seed)
-        learner = build.build_learner(self.config, build.spec_of(self.taskset, first))
+        learner = build.build_learner(self.config, spec)
         if self.config.trainer.init_from is not None:
             checkpoint.load_weights(learner, self.config.trainer.init_from)
         return self.precision.convert(learner)
@@ -476,6 +482,7 @@ def draw(run: RunDirectory, parts: Parts, trainer: Trainer) -> None:
                 device=parts.device,
                 dtype=parts.precision.dtype,
                 seed=parts.config.evaluation.seed,
+                spec=parts.spec,
             )
         draw_learning_curves(
             run.metrics_file,

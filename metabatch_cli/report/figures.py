@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from metabatch_cli.batching.taskset import TaskSet
+from metabatch_cli.batching.taskset import TaskSet, TaskSpec
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.report.episode_figure import draw_episodes
 from metabatch_cli.report.function_figure import draw_functions
@@ -33,6 +33,7 @@ def draw_predictions(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     context_sizes: Sequence[int] | None = None,
+    spec: TaskSpec | None = None,
 ) -> Path | None:
     """Draw what a learner predicts on a few tasks of a set, as the set's kind asks for.
 
@@ -51,6 +52,7 @@ def draw_predictions(
         seed: chooses the tasks, their points and what the learner itself draws.
         context_sizes: points in the contexts; None for four, geometrically from the law's
             smallest to its largest. Classification has the sizes of its law.
+        spec: of a task set that says nothing about itself.
 
     Returns:
         `path`, or None where nothing can be drawn: an unknown kind, a function of several
@@ -60,7 +62,7 @@ def draw_predictions(
     Raises:
         ValueError: `context_sizes` that are no numbers of points.
     """
-    spec = taskset.spec
+    spec = spec or taskset.spec
     draw = None if spec is None else _DRAWINGS.get(spec.kind)
     if spec is None or draw is None:
         return None
