@@ -89,6 +89,8 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last step, the last second, the end of patience, or a signal."""
         self.learner.train()
+        if self.config.compile:
+            self.reporter.say("compiling: the first steps take up to a minute or two")
         batches = self.batches()
         self._clock = time.monotonic()
         with self.stop, self.profiler() as profiler, self.narrate():
