@@ -47,7 +47,8 @@ class Conv4(nn.Module):
             blocks.append(nn.Conv2d(inputs, width, 3, padding=1, bias=norm == "none"))
             if norm != "none":
                 blocks.append(nn.BatchNorm2d(width, track_running_stats=norm == "batch"))
-            blocks += [nn.ReLU(), nn.MaxPool2d(2)]
+            # the largest of four, then ReLU: the same as the other way round, on a quarter of them
+            blocks += [nn.MaxPool2d(2), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
         features = width * (sides[0] // 2**depth) * (sides[1] // 2**depth)
         self.head = nn.Identity() if dim_y is None else nn.Linear(features, dim_y)
