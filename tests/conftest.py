@@ -1,0 +1,37 @@
+"""What all tests share: where the data is, a cache folder of their own, how hypothesis searches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# no deadline: machines are shared, and nothing here promises a speed
+settings.register_profile(
+    "metabatch", deadline=None, max_examples=25, derandomize="CI" in os.environ
+)
+settings.load_profile("metabatch")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache folder, for this session: nothing is read from or left in the real one."""
+    folder = tmp_path_factory.mktemp("cache_home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def metabatch_data() -> Path:
+    """The folder of the real data sets; tests that read them are skipped where it is absent."""
+    named = os.environ.get("METABATCH_DATA")
+    if not named:
+        pytest.skip("METABATCH_DATA is not set: it names the folder of the real data sets")
+    folder = Path(named)
+    if not folder.is_dir():
+        pytest.skip(f"METABATCH_DATA={named} is not a folder: the real data sets are not here")
+    return folder

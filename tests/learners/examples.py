@@ -1,0 +1,76 @@
+"""Batches of tasks, and a small learner of every kind, for the tests of learners."""
+
+from __future__ import annotations
+
+import torch
+
+from metabatch_cli.batching import Task
+from metabatch_cli.learners.learner import Learner
+from metabatch_cli.learners.maml import MAML
+from metabatch_cli.learners.neural_process import NeuralProcess
+from metabatch_cli.learners.protonet import ProtoNet
+from metabatch_cli.models.cnp import CNP
+from metabatch_cli.models.conv4 import Conv4
+from metabatch_cli.models.mlp import MLP
+
+SIDE = 8
+
+
+def regression(
+    n_tasks: int = 3, n_context: int = 5, n_target: int = 7, dim_y: int = 1, seed: int = 0
+) -> Task:
+    """Points of smooth functions, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_tasks, n_context + n_target, 1, generator=generator, dtype=torch.float64)
+    height = torch.randn(n_tasks, 1, dim_y, generator=generator, dtype=torch.float64)
+    y = height * torch.sin(3 * x) + height
+    return Task(x[:, :n_context], y[:, :n_context], x[:, n_context:], y[:, n_context:])
+
+
+def classification(
+    n_tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2, seed: int = 0
+) -> Task:
+    """Images whose brightness tells their class, uint8, classes in an order of each task's own."""
+    generator = torch.Generator().manual_seed(seed)
+    each = shots + queries
+    shape = (n_tasks, ways * each, 1, SIDE, SIDE)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.stack(
+        [torch.randperm(ways, generator=generator).repeat(each) for _ in range(n_tasks)]
+    )
+    n_context = ways * shots
+    return Task(
+        images[:, :n_context], labels[:, :n_context], images[:, n_context:], labels[:, n_context:]
+    )
+
+
+def one_task(tasks: Task, index: int) -> Task:
+    """A batch of one of them."""
+    return Task(*(part[index : index + 1] for part in tasks[:4]))
+
+
+def mlp(dim_y: int = 1, seed: int = 0) -> MLP:
+    """Smooth, so that derivatives of derivatives exist everywhere."""
+    torch.manual_seed(seed)
+    return MLP(1, dim_y, width=6, depth=2, activation="tanh").double()
+
+
+def conv(norm: str, dim_y: int | None = None, seed: int = 0, **more: object) -> Conv4:
+    """Two blocks for images of SIDE × SIDE."""
+    torch.manual_seed(seed)
+    return Conv4((1, SIDE, SIDE), dim_y, width=4, depth=2, norm=norm, **more).double()
+
+
+def every_learner() -> dict[str, tuple[Learner, Task]]:
+    """By the name of its YAML and of what it learns: each learner and tasks that it takes."""
+    torch.manual_seed(0)
+    cnp = CNP(1, 1, width=8).double()
+    return {
+        "neural_process": (NeuralProcess(cnp), regression()),
+        "maml-regression": (MAML(mlp(), eval_steps=[0, 1, 3]), regression()),
+        "maml-classification": (
+            MAML(conv("transductive", 3, channels_last=False), ways=3, inner_lr=0.4),
+            classification(),
+        ),
+        "protonet": (ProtoNet(conv("batch")), classification()),
+    }

@@ -1,0 +1,40 @@
+"""The neural-process learner: its loss and its scores are what their names say."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.distributions import Independent, Normal
+
+from metabatch_cli.learners.neural_process import NeuralProcess
+from tests.learners.examples import regression
+
+
+class Flat(nn.Module):
+    """Mean 0 and σ = 2 everywhere, for both dimensions of y."""
+
+    def forward(self, context_x, context_y, target_x):
+        mean = target_x.new_zeros(*target_x.shape[:2], 2)
+        return Independent(Normal(mean, torch.full_like(mean, 2.0)), 1)
+
+
+def test_log_likelihood_is_nats_per_target_point_summed_over_the_dimensions_of_y():
+    tasks = regression(dim_y=2)
+    scores = NeuralProcess(Flat()).score(tasks)
+    by_hand = -0.5 * (tasks.target_y / 2) ** 2 - math.log(2 * math.sqrt(2 * math.pi))
+    torch.testing.assert_close(scores["log_likelihood"], by_hand.sum(-1).mean(1))
+
+
+def test_the_loss_is_minus_the_mean_log_likelihood():
+    tasks = regression(dim_y=2)
+    learner = NeuralProcess(Flat())
+    torch.testing.assert_close(learner(tasks), -learner.score(tasks)["log_likelihood"].mean())
+
+
+def test_mse_is_the_mean_square_over_targets_and_dimensions():
+    tasks = regression(dim_y=2)
+    torch.testing.assert_close(
+        NeuralProcess(Flat()).score(tasks)["mse"], (tasks.target_y**2).mean(dim=(1, 2))
+    )

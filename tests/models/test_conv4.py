@@ -1,0 +1,87 @@
+"""Conv-4: shapes, bytes, and whose statistics normalise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metabatch_cli.models.conv4 import Conv4
+
+
+def bytes_of(n_images: int, channels: int = 1, side: int = 16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n_images, channels, side, side)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def conv4(channels: int = 1, side: int = 16, **more: object) -> Conv4:
+    torch.manual_seed(0)
+    return Conv4((channels, side, side), width=4, **more).double()
+
+
+def test_an_omniglot_image_has_the_64_features_of_the_paper():
+    model = Conv4((1, 28, 28))
+    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 64)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [64] * 4
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "depth", "features"), [(1, 16, 4, 4), (3, 17, 3, 16), (3, 84, 4, 100)]
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_features_follow_from_width_depth_and_size(channels, side, depth, features, channels_last):
+    model = conv4(channels, side, depth=depth, channels_last=channels_last)
+    assert model(bytes_of(2, channels, side)).shape == (2, features)
+
+
+@pytest.mark.parametrize("dim_y", [1, 5])
+def test_with_dim_y_there_is_a_head(dim_y):
+    assert conv4(dim_y=dim_y)(bytes_of(3)).shape == (3, dim_y)
+
+
+@given(st.integers(0, 2**31))
+def test_bytes_are_the_numbers_from_0_to_1(seed):
+    model = conv4(norm="none")
+    images = bytes_of(2, seed=seed)
+    torch.testing.assert_close(model(images), model(images.double() / 255), rtol=0, atol=0)
+
+
+def test_the_memory_layout_changes_nothing_but_speed():
+    images = bytes_of(4, channels=3)
+    one, other = conv4(3, channels_last=True), conv4(3, channels_last=False)
+    torch.testing.assert_close(one(images), other(images))
+
+
+@pytest.mark.parametrize(("side", "depth"), [(15, 4), (7, 3), (1, 1)])
+def test_an_image_too_small_to_be_halved_is_refused_with_both_numbers(side, depth):
+    with pytest.raises(ValueError, match=rf"depth={depth} .*{side}×{side}.*{2**depth}×{2**depth}"):
+        Conv4((1, side, side), depth=depth)
+    assert Conv4((1, 2**depth, 2**depth), width=2, depth=depth)(bytes_of(2, side=2**depth)).shape
+
+
+def test_transductive_keeps_no_statistics_and_is_the_same_in_both_modes():
+    model = conv4(norm="transductive")
+    assert not list(model.buffers())
+    images = bytes_of(6)
+    torch.testing.assert_close(model.train()(images), model.eval()(images))
+    assert not torch.allclose(model(images)[:3], model(images[:3]))  # those at hand count
+
+
+def test_batch_learns_running_statistics_by_which_each_image_is_embedded_alone():
+    model = conv4(norm="batch")
+    before = [buffer.clone() for buffer in model.buffers()]
+    model.train()(bytes_of(6))
+    after = list(model.buffers())
+    assert not all(map(torch.equal, before, after))
+    images = bytes_of(6, seed=1)
+    model.eval()
+    torch.testing.assert_close(model(images)[:3], model(images[:3]))
+
+
+def test_none_has_no_normalisation_but_a_bias():
+    model = conv4(norm="none")
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))

@@ -1,0 +1,28 @@
+"""The multi-layer perceptron: shapes and the initialisation that MAML's code has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from metabatch_cli.models.mlp import MLP
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 3)])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_last_dimension_is_mapped_and_the_others_stay(shape, depth):
+    model = MLP(3, 2, width=8, depth=depth)
+    assert model(torch.zeros(shape)).shape == (*shape[:-1], 2)
+    assert sum(isinstance(layer, nn.Linear) for layer in model.layers) == depth + 1
+
+
+def test_truncated_normal_weights_stay_within_two_standard_deviations():
+    torch.manual_seed(0)
+    model = MLP(1, 1, width=40, depth=2, init="truncated_normal")
+    linear = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
+    weights = torch.cat([layer.weight.flatten() for layer in linear])
+    assert weights.abs().max() <= 0.02
+    # a normal cut at two standard deviations has 0.88 of its spread
+    assert 0.0080 < weights.std() < 0.0096
+    assert all(not layer.bias.any() for layer in linear)
