@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
 
 from metabatch_cli.batching.plan import BatchSpec
 from metabatch_cli.batching.streams import (
@@ -15,7 +18,7 @@ from metabatch_cli.batching.streams import (
     borrowed_global_generators,
     seed_global_generators,
 )
-from metabatch_cli.batching.task import concatenate
+from metabatch_cli.batching.task import concatenate, tree_map
 from metabatch_cli.batching.taskset import TaskSet, makes_whole_batches
 
 
@@ -47,29 +50,58 @@ class BatchMaker:
         make = self._make_whole if self.whole else self._make_each
         try:
             with one_thread():
-                return make(spec)
+                batch = make(spec)
+            if get_worker_info() is not None:
+                check_sendable(batch)
+            return batch
         except Exception as error:
             error.add_note(f"while creating {spec} of {type(self.taskset).__name__}")
             raise
 
     def _make_whole(self, spec: BatchSpec) -> Any:
         generator = torch.Generator()
-        indices = torch.from_numpy(spec.indices)
+        indices = torch.tensor(spec.indices)  # a copy: a task set may write into what it gets
+        n_context, n_target, more = _split(spec.sizes)
         parts = []
         for start in range(0, len(indices), spec.shard_size):
             shard = (spec.first + start) // spec.shard_size
             self._batch_stream.fill(generator, spec.step, shard)
             part = indices[start : start + spec.shard_size]
-            parts.append(self.taskset.__gettasks__(part, **spec.sizes, generator=generator))
+            parts.append(
+                self.taskset.__gettasks__(part, n_context, n_target, **more, generator=generator)
+            )
         return concatenate(parts)
 
     def _make_each(self, spec: BatchSpec) -> Any:
         tasks = []
+        n_context, n_target, more = _split(spec.sizes)
         with borrowed_global_generators():
             for position, index in enumerate(spec.indices.tolist(), start=spec.first):
                 seed_global_generators(self._task_stream, spec.step, position)
-                tasks.append(self.taskset.__gettask__(index, **spec.sizes))
+                tasks.append(self.taskset.__gettask__(index, n_context, n_target, **more))
         return self.collate(tasks)
+
+
+def check_sendable(batch: Any) -> None:
+    """Raise TypeError here for what cannot be sent: torch's queue would drop it and wait."""
+
+    def look(leaf: Any) -> None:
+        if not isinstance(leaf, (Tensor, np.ndarray, int, float, str, bytes, type(None))):
+            try:
+                ForkingPickler.dumps(leaf)
+            except Exception as error:
+                raise TypeError(
+                    f"a worker cannot send {type(leaf).__name__} to the main process, because it "
+                    f"cannot be pickled: {error}"
+                ) from None
+
+    tree_map(look, batch)
+
+
+def _split(sizes: Mapping[str, int]) -> tuple[int, int, dict[str, int]]:
+    """The two sizes that are passed by position, whatever a task set calls them, and the rest."""
+    more = dict(sizes)
+    return more.pop("n_context"), more.pop("n_target"), more
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+import operator
 import os
 import signal
 import threading
@@ -21,6 +21,8 @@ from metabatch_cli.batching.task import to_device
 from metabatch_cli.batching.taskset import TaskSet, n_tasks
 
 STATE_VERSION = 1
+_FOREVER = 2**62  # steps
+_CLOSE_WITHIN = 10.0  # seconds that closing waits for a killed worker
 _SIGTERM_GRACE = 20.0  # seconds that a worker outlives a SIGTERM, for the main process to finish
 
 
@@ -104,17 +106,20 @@ class TaskLoader:
         if not isinstance(dataset, TaskSet):
             raise TypeError(f"TaskLoader reads a TaskSet, not a {type(dataset).__name__}")
         if generator is not None and seed is _NO_SEED:
-            seed = int(torch.randint(2**62, (), generator=generator))
+            seed = int(torch.randint(2**53, (), generator=generator))  # as JSON readers keep it
         if workers is not None and num_workers != 0 and workers != num_workers:
             raise ValueError(f"workers={workers!r} and num_workers={num_workers!r} contradict")
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = batch_size = operator.index(batch_size)
+        n_batches = None if n_batches is None else operator.index(n_batches)
         self.collate_fn = collate_fn
         self.pin_memory = pin_memory
         self.timeout = _at_least("timeout", timeout, 0)
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context = multiprocessing_context
-        self.prefetch_factor = _at_least("prefetch_factor", prefetch_factor or 2, 1)
+        self.prefetch_factor = _at_least(
+            "prefetch_factor", 2 if prefetch_factor is None else prefetch_factor, 1
+        )
         self.persistent_workers = persistent_workers
         self.device = None if device is None else torch.device(device)
         self.seed = int(seed)
@@ -141,7 +146,9 @@ class TaskLoader:
             num_workers if workers is None else workers, self._maker.whole
         )
         self._step = 0  # batches that were handed out, over all epochs
-        self._mid_epoch = False  # whether an iteration has begun since the state was set
+        self._mid_epoch = False  # whether a batch was handed out since the state was set
+        self._loads = 0  # how often the state was set: iterators from before are stale
+        self._opened = 0  # how often the pipe was opened, which persistent workers share
         self._pipe: DataLoader | None = None
         self._running: Any = None  # torch's iterator over it, which owns the workers
 
@@ -157,18 +164,19 @@ class TaskLoader:
         return length
 
     def __iter__(self) -> Iterator[Any]:
+        # a generator: where it begins is decided when its first batch is asked for
         length = self.plan.epoch_length
         if length is None:
-            return self._read(self._step, None)
+            yield from self.stream()
+            return
         epoch, done = divmod(self._step, length)
         if done and self._mid_epoch:  # left by `break`: the next epoch
             epoch, done = epoch + 1, 0
-        self._step = epoch * length + done
-        return self._read(self._step, (epoch + 1) * length)
+        yield from self._read(range(epoch * length + done, (epoch + 1) * length))
 
     def stream(self) -> Iterator[Any]:
         """Batches from the current step on, through all epochs, without an end."""
-        return self._read(self._step, None)
+        yield from self._read(range(self._step, _FOREVER))
 
     def batch_at(self, step: int) -> Any:
         """The batch of any step, made here and now, without the ones before it.
@@ -179,34 +187,34 @@ class TaskLoader:
         batch = self._maker[self.plan.spec(_at_least("step", step, 0))]
         return batch if self.device is None else to_device(batch, self.device)
 
-    def _read(self, start: int, stop: int | None) -> Iterator[Any]:
-        self._mid_epoch = True
-        steps = itertools.count(start) if stop is None else range(start, stop)
+    def _read(self, steps: range) -> Iterator[Any]:
+        loads = self._loads
         pipe = self._open(_Specs(self.plan, steps))
-        return self._hand_out(pipe, start)
-
-    def _hand_out(self, pipe: DataLoader, start: int) -> Iterator[Any]:
-        step = start
+        opened = self._opened
         self._running = batches = iter(pipe)
-        while True:
+        for number, step in enumerate(steps):
+            if loads != self._loads or (self.persistent_workers and opened != self._opened):
+                raise RuntimeError(
+                    "this iterator is no longer valid: the loader was given another state, or its "
+                    "persistent workers serve a newer iterator"
+                )
             try:
                 batch = next(batches)
-            except StopIteration:
-                return
             except RuntimeError as error:
-                if "timed out" in str(error):
-                    raise RuntimeError(
-                        f"no batch within timeout={self.timeout:g} s from worker "
-                        f"{(step - start) % self.num_workers}, which creates {self.plan.spec(step)}"
-                    ) from error
-                raise
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                raise RuntimeError(
+                    f"no batch within timeout={self.timeout:g} s from worker "
+                    f"{number % self.num_workers}, which creates {self.plan.spec(step)}"
+                ) from error
             if self.device is not None:
                 batch = to_device(batch, self.device)
-            step += 1
-            self._step = step
+            self._step = step + 1
+            self._mid_epoch = True
             yield batch
 
     def _open(self, specs: _Specs) -> DataLoader:
+        self._opened += 1
         if self._pipe is not None and self.persistent_workers:
             self._pipe.sampler.steps = specs.steps  # type: ignore[attr-defined]
             return self._pipe
@@ -246,14 +254,17 @@ class TaskLoader:
             if state.get(name) != value
         ]
         unknown = [f"{name} is unknown" for name in state if name not in {"step", *expected}]
-        if "step" not in state:
-            differing.append("step is missing in the state")
+        if state.get("step", -1) < 0:
+            differing.append(
+                f"step is {state.get('step', 'missing')} in the state, at least 0 here"
+            )
         if differing or unknown:
             raise StateMismatch(
                 "the loader's state does not fit: " + "; ".join(differing + unknown)
             )
         self._step = int(state["step"])
         self._mid_epoch = False
+        self._loads += 1
 
     def _fingerprint(self) -> dict[str, int]:
         plan, kind = self.plan, type(self.dataset)
@@ -281,6 +292,7 @@ class TaskLoader:
             running._shutdown_workers()
             for worker in running._workers:  # one that is stuck in a task hears no SIGTERM
                 worker.kill()
+                worker.join(_CLOSE_WITHIN)
 
     def __enter__(self) -> TaskLoader:
         return self

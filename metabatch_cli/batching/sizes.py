@@ -69,6 +69,8 @@ class Metabatch(SizeLaw):
                 "total_tgt_pts=None: predicting the full target needs the number of points "
                 "that it has"
             )
+        if full and self.total_tgt_pts is not None:
+            _check_at_least("total_tgt_pts", self.total_tgt_pts, 1)
         if self.predict_full_target_during_eval and self.total_tgt_pts is not None:
             _check_at_least("total_tgt_pts", self.total_tgt_pts, self.max_ctx_pts + 1)
 

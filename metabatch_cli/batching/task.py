@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +113,8 @@ def digest(*batches: Any) -> str:
     sha = hashlib.sha256()
 
     def add(leaf: Any) -> None:
+        if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            leaf = torch.from_numpy(np.ascontiguousarray(leaf))
         if isinstance(leaf, Tensor):
             leaf = leaf.detach().cpu().contiguous()
             sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -93,26 +94,26 @@ class TaskSet:
     ) -> None:
         if split is not None and split not in SPLITS:
             raise ValueError(f"split={split!r}: choose from {', '.join(SPLITS)}")
-        self.split: Split = split or ("val" if eval else "train")
-        self.eval = self.split != "train"
+        self.sizes = sizes
         self.min_pts = min_pts
         self.max_ctx_pts = max_ctx_pts
         self.max_tgt_pts = max_tgt_pts
         self.total_tgt_pts = total_tgt_pts
         self.predict_full_target = predict_full_target
         self.predict_full_target_during_eval = predict_full_target_during_eval
-        self.law = make_law(
-            sizes,
-            {
-                "min_pts": min_pts,
-                "max_ctx_pts": max_ctx_pts,
-                "max_tgt_pts": max_tgt_pts,
-                "total_tgt_pts": total_tgt_pts,
-                "eval": self.eval,
-                "predict_full_target": predict_full_target,
-                "predict_full_target_during_eval": predict_full_target_during_eval,
-            },
-        )
+        self.belong_to(split or ("val" if eval else "train"))
+
+    def belong_to(self, split: Split) -> None:
+        """Be the tasks of a split: other random streams, and sizes as its law has them there.
+
+        Sets `split`, `eval` and `law`. A set whose constructor knows nothing of splits is given
+        its own by this.
+        """
+        self.split = split
+        self.eval = split != "train"
+        names = ("min_pts", "max_ctx_pts", "max_tgt_pts", "total_tgt_pts", "eval")
+        names += ("predict_full_target", "predict_full_target_during_eval")
+        self.law = make_law(self.sizes, {name: getattr(self, name) for name in names})
 
     def __len__(self) -> int:
         """How many tasks there are; a set for which this raises TypeError is infinite."""
@@ -169,6 +170,9 @@ def makes_whole_batches(taskset: TaskSet) -> bool:
 def n_tasks(taskset: TaskSet) -> int | None:
     """The length of a task set, None where it is infinite."""
     try:
-        return len(taskset)
+        length = type(taskset).__len__(taskset)
     except TypeError:
         return None
+    if not isinstance(length, Integral):  # what len() would say with a TypeError of its own
+        raise TypeError(f"len({type(taskset).__name__})={length!r} is not a whole number")
+    return int(length)

@@ -64,7 +64,7 @@ def build_taskset(
             f"is a {type(taskset).__name__}, not a TaskSet",
             value=node["_target_"],
         )
-    taskset.split = split  # a set that does not know of splits has other streams at least
+    taskset.belong_to(split)  # for a set that does not know of splits
     return taskset
 
 

@@ -86,10 +86,10 @@ class Episodes(Example):
 class Fails(Waves):
     """Whole batches; the task of index 6 cannot be made."""
 
-    def __gettasks__(self, indices, **more):
+    def __gettasks__(self, indices, *sizes, **more):
         if 6 in indices:
             raise ArithmeticError("no such wave")
-        return super().__gettasks__(indices, **more)
+        return super().__gettasks__(indices, *sizes, **more)
 
 
 class FailsAlone(Draws):

@@ -86,7 +86,6 @@ def test_the_readmes_call_runs_with_workers_and_three_sizes(user):
         assert [len(batch["index"]) for batch in loader] == [16, 14]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the sizes are given by name, the original's were not")
 def test_the_users_own_names_for_the_sizes_do_not_matter(user):
     context, target = next(iter(TaskLoader(user["Briefly"](DATA, **SIZES), 4)))
     assert context.shape[0] == target.shape[0] == 4

@@ -334,7 +334,6 @@ def test_a_stream_goes_on_where_a_break_left_the_epoch():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.xfail(strict=True, reason="bug: both iterators take turns at one pipe of batches")
 def test_an_older_iterator_takes_nothing_from_a_newer_one(workers):
     expected = first(loader(Waves()), 12)
     with loader(Waves(), workers=workers, persistent_workers=True) as tested:
@@ -473,14 +472,12 @@ def test_the_state_is_flat_and_of_integers_that_any_json_reader_keeps(
     assert state["step"] == steps
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the draw has 62 bits")
 def test_a_seed_from_a_generator_is_one_that_any_json_reader_keeps():
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         assert TaskLoader(Waves(), generator=generator).state_dict()["seed"] < 2**53
 
 
-@pytest.mark.xfail(strict=True, reason="bug: they enter the state as they came")
 def test_numbers_from_numpy_make_a_state_for_json_too():
     tested = TaskLoader(Waves(), batch_size=np.int64(4), shuffle=True, n_batches=np.int64(3))
     assert json.loads(json.dumps(tested.state_dict()))["batch_size"] == 4
@@ -561,7 +558,6 @@ def test_a_state_with_a_field_too_few_or_too_many_is_refused():
         loader(Waves()).load_state_dict(state | {"colour": 3})
 
 
-@pytest.mark.xfail(strict=True, reason="bug: any step passes, and reading fails later")
 def test_a_state_before_the_first_step_is_refused():
     tested = loader(Waves())
     with pytest.raises(StateMismatch, match="step"):
@@ -569,7 +565,6 @@ def test_a_state_before_the_first_step_is_refused():
 
 
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.xfail(strict=True, reason="bug: an iterator goes on from where it was made")
 def test_an_iterator_from_before_loading_gives_no_stale_batch(begun):
     state = loader(Waves()).state_dict() | {"step": 3}
     expected = first(loader(Waves()), 4)[3]
@@ -585,7 +580,6 @@ def test_an_iterator_from_before_loading_gives_no_stale_batch(begun):
     assert found == expected
 
 
-@pytest.mark.xfail(strict=True, reason="bug: it counts as begun, and the next epoch follows")
 def test_an_iterator_that_was_never_read_ends_no_resumed_epoch():
     resumed = loader(Waves())
     resumed.load_state_dict(resumed.state_dict() | {"step": 2})
@@ -637,7 +631,6 @@ def test_arguments_that_cannot_be_are_named_at_once(arguments, said):
         TaskLoader(Waves(), **arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: zero counts as not given")
 def test_prefetching_nothing_is_refused():
     with pytest.raises(ValueError, match="prefetch_factor=0"):
         TaskLoader(Waves(), prefetch_factor=0)
@@ -730,7 +723,6 @@ class Blames(Example):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.xfail(strict=True, reason="bug: any 'timed out' counts as the loader's own timeout")
 def test_a_tasks_own_timeout_is_not_taken_for_the_loaders(workers):
     with loader(Blames(), workers=workers) as tested:
         batches = iter(tested)
@@ -769,7 +761,6 @@ def test_a_timeout_does_not_matter_without_workers():
     assert read(loader(Waves(), timeout=1), 2) == first(loader(Waves()), 2)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: torch's queue drops what it cannot pickle and waits")
 def test_a_batch_that_cannot_be_sent_is_an_error_and_no_endless_wait():
     with loader(Draws(), workers=1, collate_fn=lambda tasks: lambda: tasks, timeout=2) as tested:
         batches = iter(tested)
@@ -853,7 +844,6 @@ def _number(text: str) -> int | None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="bug: it is killed, but not waited for")
 def test_a_worker_that_hangs_in_a_task_does_not_outlive_its_loader():
     before = set(multiprocessing.active_children())
     with TaskLoader(Waits(), workers=1, timeout=0.5, multiprocessing_context="fork") as tested:

@@ -279,7 +279,6 @@ def test_sizes_that_cannot_be_are_named_with_their_value(sizes, known, said):
 
 
 @pytest.mark.parametrize("wrong", [0, -3])
-@pytest.mark.xfail(strict=True, reason="bug: with predict_full_target any total passes")
 def test_a_full_target_has_a_point_at_least(wrong):
     with pytest.raises(ValueError, match=f"total_tgt_pts={wrong}"):
         Metabatch(1, 5, 10, wrong, predict_full_target=True)

@@ -279,7 +279,6 @@ def test_borrowed_generators_come_back_after_an_error():
     assert global_states() == before
 
 
-@pytest.mark.xfail(strict=True, reason="bug: swapping the bit generator drops the kept number")
 def test_a_normal_number_that_numpy_keeps_back_comes_back_too():
     np.random.seed(0)
     np.random.randn()  # draws two, keeps one for the next call

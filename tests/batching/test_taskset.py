@@ -136,7 +136,6 @@ def test_a_set_whose_length_raises_type_error_is_infinite():
     assert n_tasks(Waves(None)) is None
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Python's own TypeError counts as 'infinite'")
 def test_a_length_that_is_no_integer_is_no_infinity():
     with pytest.raises((TypeError, ValueError)):
         TaskLoader(Waves(7.5))
