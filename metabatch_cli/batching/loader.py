@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
@@ -150,7 +151,9 @@ class TaskLoader:
         self._loads = 0  # how often the state was set: iterators from before are stale
         self._opened = 0  # how often the pipe was opened, which persistent workers share
         self._pipe: DataLoader | None = None
-        self._running: Any = None  # torch's iterator over it, which owns the workers
+        self._open_workers: list[Any] = []  # torch's iterator over it, which owns the workers
+        # also at garbage collection, and at exit before multiprocessing ends daemons its own way
+        self._finalizer = Finalize(self, _stop_workers, (self._open_workers,), exitpriority=10)
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ class TaskLoader:
         loads = self._loads
         pipe = self._open(_Specs(self.plan, steps))
         opened = self._opened
-        self._running = batches = iter(pipe)
+        self._open_workers[:] = [batches := iter(pipe)]
         for number, step in enumerate(steps):
             if loads != self._loads or (self.persistent_workers and opened != self._opened):
                 raise RuntimeError(
@@ -212,6 +215,7 @@ class TaskLoader:
             self._step = step + 1
             self._mid_epoch = True
             yield batch
+        next(batches, None)  # so that torch sees the end, and its workers end too
 
     def _open(self, specs: _Specs) -> DataLoader:
         self._opened += 1
@@ -255,9 +259,7 @@ class TaskLoader:
         ]
         unknown = [f"{name} is unknown" for name in state if name not in {"step", *expected}]
         if state.get("step", -1) < 0:
-            differing.append(
-                f"step is {state.get('step', 'missing')} in the state, at least 0 here"
-            )
+            differing.append(f"step is {state.get('step', 'missing')} and must be at least 0")
         if differing or unknown:
             raise StateMismatch(
                 "the loader's state does not fit: " + "; ".join(differing + unknown)
@@ -287,12 +289,8 @@ class TaskLoader:
 
     def close(self) -> None:
         """Stop the workers and free what they shared."""
-        running, self._running, self._pipe = self._running, None, None
-        if hasattr(running, "_shutdown_workers"):
-            running._shutdown_workers()
-            for worker in running._workers:  # one that is stuck in a task hears no SIGTERM
-                worker.kill()
-                worker.join(_CLOSE_WITHIN)
+        self._pipe = None
+        _stop_workers(self._open_workers)
 
     def __enter__(self) -> TaskLoader:
         return self
@@ -325,6 +323,16 @@ class _WorkerStart:
             self.then(worker_id)
 
 
+def _stop_workers(iterators: list[Any]) -> None:
+    while iterators:
+        running = iterators.pop()
+        if hasattr(running, "_shutdown_workers"):
+            running._shutdown_workers()
+            for worker in running._workers:  # one that is stuck in a task hears no SIGTERM
+                worker.kill()
+                worker.join(_CLOSE_WITHIN)
+
+
 def _die_later(signum: int, frame: FrameType | None) -> None:
     # a scheduler sends SIGTERM to the whole process group, while the main process still wants
     # the batches of the step that it finishes and saves
@@ -348,9 +356,16 @@ def _at_least(name: str, value: Any, least: int) -> Any:
     return value
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _resolve_workers(workers: int | str, whole: bool) -> int:
     if workers == "auto":
-        return 0 if whole else min(4, max(1, len(os.sched_getaffinity(0)) - 1))
+        return 0 if whole else min(4, max(1, cores() - 1))
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ValueError(f"workers={workers!r} must be 0, a positive number or 'auto'")
     return workers

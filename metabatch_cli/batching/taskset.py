@@ -10,11 +10,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from metabatch_cli.batching.sizes import SizeLaw, make_law
 from metabatch_cli.batching.task import Task
 
 Split = Literal["train", "val", "test"]
+_KNOWN_TO_LAWS = (
+    "min_pts",
+    "max_ctx_pts",
+    "max_tgt_pts",
+    "total_tgt_pts",
+    "eval",
+    "predict_full_target",
+    "predict_full_target_during_eval",
+)
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -49,7 +59,7 @@ class TaskSpec:
         return self.ways if self.ways is not None else math.prod(self.y_shape)
 
 
-class TaskSet:
+class TaskSet(Dataset):
     """A distribution of tasks: subclass it and implement `__len__` and one of two methods.
 
     `__gettask__(index, n_context, n_target)` returns one task: any tree of tensors, arrays and
@@ -61,8 +71,10 @@ class TaskSet:
     way: one call a batch instead of one a task.
 
     An index names a task: the same index is the same function, class set or group every time,
-    while its points are drawn anew. Further sizes that a law draws (ways, shots, queries)
-    arrive as further keyword arguments. The first seven arguments are those of MetaBatch 0.9.1.
+    while its points are drawn anew. The law of the sizes is made once, here; bounds that are
+    changed later count from the next `belong_to`. Further sizes that a law draws (ways, shots,
+    queries) arrive as further keyword arguments. The first seven arguments are those of
+    MetaBatch 0.9.1.
 
     Args:
         min_pts: the fewest points in a context.
@@ -111,9 +123,7 @@ class TaskSet:
         """
         self.split = split
         self.eval = split != "train"
-        names = ("min_pts", "max_ctx_pts", "max_tgt_pts", "total_tgt_pts", "eval")
-        names += ("predict_full_target", "predict_full_target_during_eval")
-        self.law = make_law(self.sizes, {name: getattr(self, name) for name in names})
+        self.law = make_law(self.sizes, {name: getattr(self, name) for name in _KNOWN_TO_LAWS})
 
     def __len__(self) -> int:
         """How many tasks there are; a set for which this raises TypeError is infinite."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +72,12 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `digests`.
     """
     from metabatch_cli.config import choices
+    from metabatch_cli.config.check import is_several
     from metabatch_cli.engine.run import load_run
     from metabatch_cli.engine.run_directory import write_json
     from metabatch_cli.report.console import Reporter
 
-    plain = choices.resolve(config)
+    plain = choices.resolve(config, fall_back=True)
     directory = plain.pop("run")
     changed = {
         word.lstrip("+").partition("=")[0]: word.partition("=")[2]
@@ -86,7 +86,9 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     }
     if changed:  # what was typed beats the run's own test sets, and names the result
         name = ",".join(f"{key.removeprefix('taskset.')}={value}" for key, value in changed.items())
-        plain["evaluation"]["test"] = {name: _below(plain["taskset"], list(changed))}
+        kept = plain["evaluation"]["test"] or {}
+        kept = {} if is_several(kept, plain["taskset"]) else kept
+        plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
     evaluation = run.score()
     reporter = Reporter()
@@ -132,7 +134,3 @@ def _quoted(path: Path) -> str:
 def _file_name(overrides: list[str]) -> str:
     text = re.sub(r"[^\w.=,-]+", "_", ",".join(overrides))
     return text[:150] or "test"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

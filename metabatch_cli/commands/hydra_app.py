@@ -10,7 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from metabatch_cli.config.compose import config_dir
+from metabatch_cli.config.compose import config_dir, debug_last
+
+_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun"),
+}
 
 
 def launch(
@@ -33,12 +38,25 @@ def launch(
     import hydra
 
     if words is not None:
-        # a debug configuration changes what an experiment says, so it has to come after it
-        debug = [f"+{word.lstrip('+')}" for word in words if word.lstrip("+").startswith("debug=")]
-        others = [word for word in words if not word.lstrip("+").startswith("debug=")]
-        sys.argv = [program, *others, *debug]
+        options, overrides = sorted_out(words)
+        sys.argv = [program, *options, *debug_last(overrides)]
     path = str(config_path or config_dir())
     hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
+
+
+def sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
+    """Options with their values, and overrides: Hydra's parser wants the latter in one piece."""
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        if word in _WITH_VALUE and (value := next(rest, None)) is not None:
+            options.append(value)
+    return options, overrides
 
 
 class _Job:

@@ -28,7 +28,11 @@ def job(config: DictConfig) -> float | None:
     try:
         result = train(config, directory, overrides=list(hydra.overrides.task))
     except BaseException:
+        # Hydra made it and the folders above; where nothing came of it, they shall not stay
         with contextlib.suppress(OSError):
-            directory.rmdir()  # Hydra made it; if nothing came of it, it shall not stay
+            for folder in (directory, *directory.parents):
+                if folder == Path.cwd():
+                    break
+                folder.rmdir()
         raise
-    return result.get("best")
+    return result.get("monitor", {}).get("best")

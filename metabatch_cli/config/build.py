@@ -14,7 +14,7 @@ from torch import nn
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.task import as_task, slice_tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
-from metabatch_cli.config.check import FROM_SPEC, locate, test_sets
+from metabatch_cli.config.check import FROM_SPEC, locate, merged, test_sets
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.config.schema import Config, EvaluationConfig
 from metabatch_cli.learners.learner import Learner
@@ -32,7 +32,7 @@ def build(key: str, node: Mapping[str, Any], **extra: Any) -> Any:
     from hydra.utils import instantiate
 
     target = locate(f"{key}._target_", node["_target_"])
-    asked = set(inspect.signature(target).parameters)
+    asked = accepted(target)
     extra = {name: value for name, value in extra.items() if name in asked and name not in node}
     try:
         # as a partial first: what we add is given as it is, not through OmegaConf
@@ -45,6 +45,21 @@ def build(key: str, node: Mapping[str, Any], **extra: Any) -> Any:
         raise _refused(key, str(error), node) from error
 
 
+def accepted(target: Any) -> set[str]:
+    """The names of all arguments that a constructor takes, those behind its **kwargs too."""
+    kinds = target.__mro__ if inspect.isclass(target) else [target]
+    names: set[str] = set()
+    for kind in kinds:
+        own = vars(kind).get("__init__") if inspect.isclass(kind) else kind
+        if own is None or own is object.__init__:
+            continue
+        parameters = inspect.signature(own).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {"self"}
+
+
 def build_taskset(
     config: Config, split: Split, overrides: Mapping[str, Any] | None = None, key: str = "taskset"
 ) -> TaskSet:
@@ -54,7 +69,7 @@ def build_taskset(
         overrides: keys of the task set that differ from the training set's.
         key: what a mistake is reported under.
     """
-    node = {**config.taskset, **(overrides or {})}
+    node = merged(config.taskset, overrides or {})
     node.pop("split", None)
     node.pop("eval", None)
     taskset = build(key, node, split=split, eval=split != "train")
@@ -81,7 +96,7 @@ def build_evaluation_loaders(config: Config, split: Split) -> dict[str, TaskLoad
     """A loader for each named set of a held-out split; frozen by `evaluation.seed`."""
     evaluation: EvaluationConfig = config.evaluation
     loaders = {}
-    for name, overrides in test_sets(getattr(evaluation, split)).items():
+    for name, overrides in test_sets(getattr(evaluation, split), config.taskset).items():
         key = f"evaluation.{split}" + (f".{name}" if name else "") if overrides else "taskset"
         taskset = build_taskset(config, split, overrides, key)
         loaders[name] = TaskLoader(

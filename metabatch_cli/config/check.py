@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, get_type_hints
@@ -36,6 +36,9 @@ _WORDING = {
     "a valid boolean": "true or false",
     "a valid string": "text",
     "a valid dictionary": "a mapping",
+    "a valid tuple": "a list",
+    "Tuple should have": "a list that has",
+    "Field required": "a list with more entries",
 }
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
@@ -53,6 +56,7 @@ def check(config: Mapping[str, Any]) -> Config:
         checked = _adapter(Config).validate_python(dict(config))
     except ValidationError as error:
         raise _first_mistake(error, config) from None
+    _refuse_truth_for_numbers(Config, config)
     for section in COMPONENTS:
         node = getattr(checked, section)
         if node or section != "scheduler":
@@ -60,27 +64,50 @@ def check(config: Mapping[str, Any]) -> Config:
     for name, node in checked.logger.items():
         checked.logger[name] = check_component(f"logger.{name}", node, {"directory"})
     for split in ("val", "test"):
-        for name, overrides in test_sets(getattr(checked.evaluation, split)).items():
+        for name, overrides in test_sets(
+            getattr(checked.evaluation, split), checked.taskset
+        ).items():
             key = f"evaluation.{split}" + (f".{name}" if name else "")
             check_overrides(key, checked.taskset, overrides)
     return checked
 
 
-def test_sets(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def test_sets(
+    overrides: Mapping[str, Any] | None, taskset: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """The named task sets of `evaluation.val` or `.test`; one without a name is named "".
 
     Several sets are named by what tells them apart, as it shall stand in the result:
     `{"shots=1": {…}, "shots=5": {…}}`. Anything else is the overrides of a single set.
     """
-    if overrides and all("=" in str(name) for name in overrides):
-        return {str(name): dict(part or {}) for name, part in overrides.items()}
-    return {"": dict(overrides)}
+    if is_several(overrides, taskset):
+        return {str(name): dict(part or {}) for name, part in (overrides or {}).items()}
+    return {"": dict(overrides or {})}
+
+
+def is_several(overrides: Mapping[str, Any] | None, taskset: Mapping[str, Any]) -> bool:
+    """Whether these are several sets by name, not the overrides of one."""
+    return bool(overrides) and all(
+        "=" in str(name) or (isinstance(part, Mapping) and name not in taskset)
+        for name, part in (overrides or {}).items()
+    )
+
+
+def merged(component: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A component with some keys changed, at any depth; another `_target_` replaces its part."""
+    result = dict(component)
+    for key, value in overrides.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and "_target_" not in value:
+            value = merged(old, value)
+        result[key] = value
+    return result
 
 
 def check_overrides(key: str, component: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Check a component that differs in a few keys, naming those where one is wrong."""
     try:
-        check_component(key, {**component, **overrides}, PROVIDED["taskset"])
+        check_component(key, merged(component, overrides), PROVIDED["taskset"])
     except ConfigError as error:
         if any(error.key.startswith(f"{key}.{name}") for name in overrides):
             raise
@@ -156,7 +183,8 @@ def locate(key: str, path: str) -> Any:
             if not hasattr(found, part):
                 names = [name for name in vars(found) if not name.startswith("_")]
                 names += [entry.name for entry in iter_modules(getattr(found, "__path__", []))]
-                near = nearest(part, names)
+                classes = [name for name in names if inspect.isclass(getattr(found, name, None))]
+                near = nearest(part, classes) or nearest(part, names)
                 hint = f"\n  did you mean '{module_name}.{near}'?" if near else ""
                 raise ConfigError(key, f"{module_name} has no {part!r}{hint}", value=path)
             found = getattr(found, part)
@@ -195,9 +223,19 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
     if adapter is None:
         return value
     try:
-        return adapter.validate_python(value)
+        # strictly, true and false are no numbers
+        return adapter.validate_python(value, strict=isinstance(value, bool))
     except ValidationError as error:
         raise _wrong_value(key, value, error) from None
+
+
+def _refuse_truth_for_numbers(kind: Any, config: Mapping[str, Any], prefix: str = "") -> None:
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        value = config.get(name)
+        if isinstance(value, bool):
+            _check_value(f"{prefix}{name}", value, hint)
+        elif is_dataclass(hint) and isinstance(value, Mapping):
+            _refuse_truth_for_numbers(hint, value, f"{name}.")
 
 
 def _adapter_or_none(hint: Any) -> TypeAdapter[Any] | None:
@@ -267,7 +305,8 @@ def _wrong_value(
     wanted: list[str] = []
     for mistake in mistakes if mistakes is not None else error.errors():
         text = mistake["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        text = text.split(", unable to parse")[0].split(", got a number")[0]
+        text = text.split(", unable to ")[0].split(", got a number")[0]
+        text = text.split(", not ")[0]
         for theirs, ours in _WORDING.items():
             text = text.replace(theirs, ours)
         if text not in wanted:

@@ -9,15 +9,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from metabatch_cli.batching.loader import cores
 from metabatch_cli.config.errors import ConfigError
 
 
-def resolve(config: DictConfig, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resolve(
+    config: DictConfig, saved: Mapping[str, Any] | None = None, *, fall_back: bool = False
+) -> dict[str, Any]:
     """The configuration as plain values, nothing left to be chosen or interpolated.
 
     Args:
         config: as composed.
         saved: the configuration of the run that is resumed: what was chosen there stays.
+        fall_back: whether a device that is not there becomes the CPU.
 
     Raises:
         ConfigError: a device that is not there.
@@ -28,9 +32,18 @@ def resolve(config: DictConfig, saved: Mapping[str, Any] | None = None) -> dict[
         if OmegaConf.select(config, key) in (None, "auto"):
             before = _select(saved or {}, key)
             OmegaConf.update(config, key, choose(config) if before is None else before)
+    for key in PATHS:
+        path = OmegaConf.select(config, key)
+        if isinstance(path, str):  # resumed or scored from another directory, it is the same file
+            OmegaConf.update(config, key, os.path.abspath(path))
     device = OmegaConf.select(config, "loader.device")
     if device is not None:
-        check_device(device)
+        try:
+            check_device(device)
+        except ConfigError:
+            if not fall_back:
+                raise
+            OmegaConf.update(config, "loader.device", "cpu")
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -73,16 +86,14 @@ def _choose_pinning(config: DictConfig) -> bool:
     return str(OmegaConf.select(config, "loader.device")).startswith("cuda")
 
 
-def _choose_threads(config: DictConfig) -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
+PATHS = ("data_dir", "trainer.init_from")
 
 # in this order: pinning follows the device
 CHOICES: dict[str, Callable[[DictConfig], Any]] = {
     "data_dir": lambda config: default_data_dir(),
     "loader.device": _choose_device,
     "loader.pin_memory": _choose_pinning,
-    "trainer.threads": _choose_threads,
+    "trainer.threads": lambda config: cores(),
 }
 
 

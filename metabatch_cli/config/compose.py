@@ -17,6 +17,12 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
+def debug_last(words: list[str]) -> list[str]:
+    """The words with debug=NAME as +debug=NAME at the end: it changes what an experiment says."""
+    debug = [word for word in words if word.lstrip("+").startswith("debug=")]
+    return [word for word in words if word not in debug] + [f"+{w.lstrip('+')}" for w in debug]
+
+
 def compose(*overrides: str, config_name: str = "train", user_dir: str | None = None) -> DictConfig:
     """Compose a configuration as the command line does.
 
@@ -34,7 +40,7 @@ def compose(*overrides: str, config_name: str = "train", user_dir: str | None = 
 
     from metabatch_cli.config.errors import readable
 
-    words = list(overrides)
+    words = debug_last(list(overrides))
     if user_dir is not None:
         words.append(f"hydra.searchpath=[file://{os.path.abspath(user_dir)}]")
     outer = GlobalHydra.instance().hydra  # composing inside a Hydra application must not end it

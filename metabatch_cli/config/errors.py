@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -79,9 +80,18 @@ def readable(error: BaseException) -> UserError | None:
         return ConfigError(key, f"cannot be resolved: {_first(str(error))}")
     if isinstance(error, HydraException):
         return _hydra_message(error)
+    if isinstance(error, ValueError) and _raised_in(error, "hydra"):
+        return UserError(f"the command line: {_first(str(error)) or type(error).__name__}")
     if isinstance(error, OmegaConfBaseException):
         return ConfigError(error.full_key or "configuration", _first(str(error)))
     return None
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and f"/{package}/" in frames[-1].filename.replace("\\", "/")
 
 
 def _hydra_message(error: BaseException) -> UserError:
@@ -131,7 +141,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
 
 
 def _unknown_override(text: str, words: Sequence[str]) -> str | None:
-    """Hydra says which key it does not know; compose again without it to know the others."""
+    """Hydra says which key it does not know; what there is says a composition without it."""
     from omegaconf import OmegaConf
 
     from metabatch_cli.config.compose import compose, config_dir
@@ -145,12 +155,17 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
         return f"{typed}: nothing of this group is chosen yet\n  did you mean '+{typed}'?"
     rest = [w for w in words if "=" in w and not w.startswith("-") and key not in w.split("=")[0]]
     try:
-        composed, above = compose(*rest), key.rpartition(".")[0]
+        run = next((w.partition("=")[2] for w in words if w.startswith("run=")), None)
+        composed = compose(*rest) if run is None else OmegaConf.load(Path(run) / "config.yaml")
+        above = key.rpartition(".")[0]
         parent = OmegaConf.select(composed, above) if above else composed
         names = [str(name) for name in parent] if parent is not None else []
     except Exception:
         names = []
     wrong = key.rpartition(".")[2]
+    if re.match(r"evaluation\.(val|test)\.", key):  # whatever the task set has
+        word = next((w for w in words if w.startswith(f"{key}=")), f"{key}=…")
+        return f"{key}: is not set yet\n  did you mean '+{word}'?"
     return str(ConfigError(key, "there is no such key", allowed=names or None, wrong_name=wrong))
 
 

@@ -133,10 +133,10 @@ class EvaluationConfig:
     figures: bool = True
     """Whether to draw predictions and learning curves at the end."""
 
-    val: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] | None = None
     """Keys of the task set that differ for validation; or several such sets, named key=value."""
 
-    test: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] | None = None
     """Keys of the task set that differ for the test; or several such sets, named key=value."""
 
 
@@ -186,5 +186,4 @@ class Config:
     """Whether to start anew where the run directory holds a run already."""
 
 
-SECTIONS = ("loader", "trainer", "evaluation")
 COMPONENTS = ("taskset", "model", "learner", "optimizer", "scheduler")

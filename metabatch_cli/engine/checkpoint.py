@@ -46,12 +46,14 @@ def load_weights(learner: torch.nn.Module, source: str, key: str = "trainer.init
         UserError: nothing there, or weights of another shape; names the first that differs.
     """
     path = Path(source)
+    if not path.exists():
+        raise UserError(f"{key}={source}: there is no such run or checkpoint")
     if path.is_dir():
         run = RunDirectory.existing(path, key)
         path = run.best_checkpoint if run.best_checkpoint.exists() else run.last_checkpoint
     weights = load(path)["learner"]
     own = learner.state_dict()
-    for name in own.keys() | weights.keys():
+    for name in {**own, **weights}:
         theirs, ours = weights.get(name), own.get(name)
         if theirs is None or ours is None or theirs.shape != ours.shape:
             shapes = [

@@ -117,7 +117,7 @@ def _score(
             own = learner.score(tasks)
         for found, kept in ((own, scores), (loader.dataset.oracle(tasks) or {}, oracle)):
             for name, values in found.items():
-                kept.setdefault(name, []).append(values.double().cpu())
+                kept.setdefault(name, []).append(values.cpu().double())
     joined = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in (scores, oracle)]
     return joined[0], joined[1], sha.hexdigest()
 

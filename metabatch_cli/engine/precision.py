@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metabatch_cli.batching.task import Task, as_task, tree_map
 from metabatch_cli.learners.learner import Learner
@@ -32,7 +33,8 @@ class Precision:
         """A loader's batch as a `Task` whose floating-point numbers are of this precision."""
 
         def convert(leaf: Any) -> Any:
-            return leaf.to(self.dtype) if torch.is_floating_point(leaf) else leaf
+            floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+            return leaf.to(self.dtype) if floating else leaf
 
         return tree_map(convert, as_task(batch))
 

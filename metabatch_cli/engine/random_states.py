@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from metabatch_cli.batching.streams import Stream, seed_global_generators
+from metabatch_cli.config.errors import UserError
+
 
 def random_states() -> dict[str, Any]:
     """The states of all global generators: `random`, `numpy.random`, torch on CPU and CUDA."""
@@ -18,7 +21,7 @@ def random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": _plain(numpy_state["state"])},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -33,7 +36,12 @@ def restore_random_states(states: dict[str, Any]) -> None:
     }
     np.random.set_state(numpy_state)
     torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+    if len(states["cuda"]) > torch.cuda.device_count():
+        raise UserError(
+            f"the random states of {len(states['cuda'])} GPUs cannot be restored on "
+            f"{torch.cuda.device_count()}: the run would not go on as it was"
+        )
+    if states["cuda"]:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
@@ -50,10 +58,10 @@ def preserved(seed: int | None = None) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all global generators."""
-    random.seed(seed)
-    np.random.seed(np.random.SeedSequence(abs(seed)).generate_state(4))
-    torch.manual_seed(seed % 2**64)
+    """Seed all global generators from any integer, none of whose bits is lost."""
+    stream = Stream(seed, "global")
+    seed_global_generators(stream, 0, 0)
+    torch.cuda.manual_seed_all(int(stream.words(1, 1)[0]) >> 1)  # where there is no GPU: nothing
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

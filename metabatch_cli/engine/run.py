@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
@@ -81,13 +83,15 @@ def train(
     plain = choices.resolve(composed, saved)
     plain["fresh"] = False
     checked = check(plain)
-    if saved is not None:
-        refuse_other_configuration(run, saved, plain)
-        if is_complete(run, checked):
-            return already_completed(run, reporter)
-    parts = Parts(checked)
+    if saved is not None and has_nothing_to_do(run, saved, plain, checked):
+        return already_completed(run, reporter)
+    parts = Parts(checked, begun=saved is not None and run.last_checkpoint.exists())
     parts.build()
     with run.lock():
+        # building took its time: another process may have begun, or even completed, a run here
+        now = run.read_config() if run.holds_run and not fresh else None
+        if now is not None and has_nothing_to_do(run, now, plain, checked):
+            return already_completed(run, reporter)
         if fresh:
             run.clear()
         plain["loader"]["workers"] = parts.loader.num_workers
@@ -116,32 +120,49 @@ def _train(run: RunDirectory, parts: Parts, reporter: Reporter) -> dict[str, Any
         reporter,
     )
     try:
-        trainer.restore()
-        if trainer.step:
-            reporter.say(f"resumed from step {trainer.step:,}")
-        trainer.fit()
+        with trainer.stop:
+            trainer.restore()
+            if trainer.step:
+                reporter.say(f"resumed from step {trainer.step:,}")
+            trainer.fit()
+            return finish(run, parts, trainer)
+    except Interrupted:
+        run.write_result(status="interrupted", step=trainer.step, seconds=trainer.elapsed)
+        reporter.say(f"stopped at step {trainer.step:,}; go on with: metabatch resume {run.path}")
+        raise
     finally:
         parts.loader.close()
         for logger in loggers:
             logger.close()
-    progress = {"step": trainer.step, "seconds": round(trainer.seconds, 3)}
-    if trainer.stop.received is not None:
-        run.write_result(status="interrupted", **progress)
-        reporter.say(f"stopped at step {trainer.step:,}; go on with: metabatch resume {run.path}")
-        raise Interrupted(trainer.stop.received)
 
-    run.write_result(**progress)
-    best = config.trainer.test_on == "best" and run.best_checkpoint.exists()
+
+def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
+    """Test the trained learner, draw figures and write the result.
+
+    Raises:
+        Interrupted: a signal came while training, or comes now; all of the training is saved.
+    """
+    if trainer.stop.received is not None:
+        raise Interrupted(trainer.stop.received)
+    trainer.stop.at_once = True
+    best = parts.config.trainer.test_on == "best" and run.best_checkpoint.exists()
     weights = run.best_checkpoint if best else run.last_checkpoint
     trainer.learner.load_state_dict(checkpoint.load(weights, trainer.device)["learner"])
     evaluation = parts.score()
-    if config.evaluation.figures:
+    if parts.config.evaluation.figures:
         draw(run, parts, trainer)
+    trainer.stop.at_once = False
     result = run.write_result(
-        status="completed", error=None, metrics=evaluation.metrics, digests=evaluation.digests
+        status="completed",
+        step=trainer.step,
+        seconds=trainer.elapsed,
+        error=None,
+        metrics=evaluation.metrics,
+        digests=evaluation.digests,
+        monitor={"metric": f"val/{trainer.metric.name}", "best": trainer.best},
     )
-    reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)
-    reporter.say(f"completed in {clock(trainer.seconds)}: {run.path}")
+    trainer.reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)
+    trainer.reporter.say(f"completed in {clock(trainer.seconds)}: {run.path}")
     return result
 
 
@@ -150,15 +171,16 @@ class Parts:
     """Everything that a configuration declares, built in the order in which it is needed."""
 
     config: Config
-
-    def __post_init__(self) -> None:
-        torch.set_num_threads(int(self.config.trainer.threads))
+    begun: bool = False
+    """Whether there is a checkpoint to go on from, so that `init_from` is no longer needed."""
 
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
+        torch.set_num_threads(int(self.config.trainer.threads))
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
         self.evaluation_loaders("val")
         self.evaluation_loaders("test")
+        self.try_out()
         if self.config.trainer.monitor is not None:
             self.check_monitor()
         size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
@@ -168,6 +190,29 @@ class Parts:
                 f"does not divide loader.batch_size={size}",
                 value=parts,
                 allowed=", ".join(str(k) for k in range(1, size + 1) if size % k == 0),
+            )
+
+    def try_out(self) -> None:
+        """Let the learner look at two tasks: what does not fit together says so before a run."""
+        tasks = slice_tasks(self.precision.prepare(self.loader.batch_at(0)), 0, 2)
+        learner = deepcopy(self.learner).eval()  # which may count, or keep running statistics
+        try:
+            with random_states.preserved(), torch.no_grad(), self.precision.autocast():
+                learner(tasks)
+                scores = learner.score(tasks)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            model = self.config.model["_target_"].rpartition(".")[2]
+            raise ConfigError(
+                "learner",
+                f"{type(learner).__name__} around {model} cannot learn from these tasks: "
+                f"{type(error).__name__}: {error}",
+            ) from error
+        if learner.metric.name not in scores:
+            raise ConfigError(
+                "learner",
+                f"its metric {learner.metric.name!r} is not among its scores",
+                allowed=scores,
+                wrong_name=learner.metric.name,
             )
 
     def check_monitor(self) -> None:
@@ -216,7 +261,7 @@ class Parts:
         spec = self.spec
         random_states.seed_everything(self.config.seed)
         learner = build.build_learner(self.config, spec)
-        if self.config.trainer.init_from is not None:
+        if self.config.trainer.init_from is not None and not self.begun:
             checkpoint.load_weights(learner, self.config.trainer.init_from)
         return self.precision.convert(learner)
 
@@ -329,16 +374,27 @@ def load_run(
 # --- decisions about a directory -----------------------------------------------------------
 
 
+def has_nothing_to_do(
+    run: RunDirectory, saved: Mapping[str, Any], wanted: Mapping[str, Any], config: Config
+) -> bool:
+    """Whether the run of a directory is complete; UserError if it is another run."""
+    refuse_other_configuration(run, saved, wanted)
+    return is_complete(run, config)
+
+
 def refuse_other_configuration(
     run: RunDirectory, saved: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     """Raise UserError if the run that the directory holds has another configuration."""
     before, now = flatten(saved), flatten(wanted)
-    differing = [
-        f"  {key}: {before.get(key, 'not set')} in the run, {now.get(key, 'not set')} asked for"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, ...) != now.get(key, ...) and not _free(key)
-    ]
+    differing = []
+    for key in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(key, "not set"), now.get(key, "not set")
+        if was != is_now and not _free(key):
+            steps = "trainer.max_steps"
+            follows = was == before.get(steps) and is_now == now.get(steps)
+            why = f" (it follows {steps}: another schedule is another training)" if follows else ""
+            differing.append(f"  {key}: {was} in the run, {is_now} asked for{why}")
     if differing:
         raise UserError(
             f"{run.path}: holds a run of another configuration\n"

@@ -99,7 +99,7 @@ class RunDirectory:
         for file in (
             self.config_file,
             self.overrides_file,
-            self.metrics_file,
+            *self.path.glob("metrics.*"),
             self.result_file,
             self.log_file,
             self.profile_file,
@@ -115,13 +115,14 @@ class RunDirectory:
         Raises:
             UserError: somebody else is at work here.
         """
+        place = self.path.resolve()
+        if place in _held:  # another file on it, closed again, would give the lock away
+            raise UserError(f"{self.path}: is in use by this process")
         self.path.mkdir(parents=True, exist_ok=True)
         # a POSIX record lock: workers do not inherit it, so that after a SIGKILL of this process
         # the run can be resumed at once, and it works on NFS
         with (self.path / ".lock").open("a+") as file:
             try:
-                if self.path in _held:
-                    raise BlockingIOError
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
@@ -130,11 +131,11 @@ class RunDirectory:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            _held.add(self.path)
+            _held.add(place)
             try:
                 yield
             finally:
-                _held.discard(self.path)
+                _held.discard(place)
 
 
 def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:

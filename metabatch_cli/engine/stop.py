@@ -19,11 +19,13 @@ class Interrupted(SystemExit):
 class StopSignals:
     """While open, SIGINT and SIGTERM set `received` instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt, for whoever does not want to wait.
+    A second SIGINT raises KeyboardInterrupt, for whoever does not want to wait. With `at_once`
+    a signal raises Interrupted where it comes: when all that matters is saved.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,3 +42,5 @@ class StopSignals:
         if self.received is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signum
+        if self.at_once:
+            raise Interrupted(signum)

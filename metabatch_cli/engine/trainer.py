@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ class Trainer:
         self.seconds = 0.0  # of training and validation, over all resumes
         self.best: float | None = None
         self.evaluations_without_gain = 0
-        self._losses = torch.zeros((), dtype=torch.float64, device=self.device)  # since last row
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._losses = torch.zeros((), dtype=wide, device=self.device)  # since the last row
         self._counted = 0
         self._first_bad = torch.zeros((), dtype=torch.int64, device=self.device)  # step, 0 if none
         self._clock = 0.0
@@ -93,7 +94,7 @@ class Trainer:
             self.reporter.say("compiling: the first steps take up to a minute or two")
         batches = self.batches()
         self._clock = time.monotonic()
-        with self.stop, self.profiler() as profiler, self.narrate():
+        with self.profiler() as profiler, self.narrate():
             while not self.finished():
                 tasks = self.precision.prepare(next(batches))
                 loss = self.update(tasks)
@@ -130,13 +131,13 @@ class Trainer:
     def update(self, tasks: Task) -> Tensor:
         """One optimisation step; returns the loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        parts, total = self.config.accumulate, len(tasks.target_x)
-        size = total // parts
+        total = len(tasks.target_x)
+        size = -(-total // self.config.accumulate)
         losses = []
         for start in range(0, total, size):
-            part = slice_tasks(tasks, start, start + size) if parts > 1 else tasks
+            part = slice_tasks(tasks, start, min(start + size, total)) if size < total else tasks
             with self.precision.autocast():
-                loss = self.compute_loss(part) / parts
+                loss = self.compute_loss(part) * (len(part.target_x) / total)
             loss.backward()
             losses.append(loss.detach())
         if self.config.clip_norm is not None:
@@ -145,7 +146,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
-        return losses[0] if parts == 1 else torch.stack(losses).sum()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def observe(self, loss: Tensor) -> None:
         """Keep the loss for the next row; notice where it is no longer a number."""
@@ -160,12 +161,20 @@ class Trainer:
 
     def refuse_bad_loss(self) -> None:
         """Raise TrainingFailed if a loss was NaN or infinite: nothing after it is worth saving."""
-        step = int(self._first_bad)
-        if not step:
-            return
+        if int(self._first_bad):
+            self.fail("the loss is", int(self._first_bad))
+
+    def refuse_bad_numbers(self) -> None:
+        """The same of weights, before they are saved: a gradient can be bad where a loss is not."""
+        self.refuse_bad_loss()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+            self.fail("a weight is", self.step)
+
+    def fail(self, what: str, step: int) -> NoReturn:
+        """Raise TrainingFailed about a step: its batch, what is saved, and what often helps."""
         saved = self.run.last_checkpoint
         raise TrainingFailed(
-            f"the loss is not finite at step {step:,}\n"
+            f"{what} not finite at step {step:,}\n"
             f"  batch: {self.loader.plan.spec(0 if self.config.overfit else step - 1)}\n"
             f"  last checkpoint: {saved if saved.exists() else 'none yet'}\n"
             "  often helps: a smaller optimizer.lr, trainer.clip_norm=1.0, trainer.precision=64"
@@ -178,7 +187,7 @@ class Trainer:
             "step": self.step,
             "loss": (self._losses / max(self._counted, 1)).item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": round(self.seconds, 3),
+            "seconds": self.elapsed,
         }
         self._losses.zero_()
         self._counted = 0
@@ -186,7 +195,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Score the validation tasks; keep the weights if they are the best so far."""
-        self.refuse_bad_loss()
+        self.refuse_bad_numbers()
         evaluation = evaluate(
             self.learner,
             self.validation,
@@ -217,9 +226,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.pt: everything that the next step depends on."""
-        self.refuse_bad_loss()
+        self.refuse_bad_numbers()
         self._tick()
         checkpoint.save(self.run.last_checkpoint, self.state_dict())
+        self.run.write_result(step=self.step, seconds=self.elapsed)
         self._saved_at = self.step
 
     # --- their parts -------------------------------------------------------------------------
@@ -241,15 +251,21 @@ class Trainer:
 
     @contextlib.contextmanager
     def profiler(self) -> Iterator[Any]:
-        """torch's profiler where it is asked for."""
+        """torch's profiler over steps 2 to 25, where it is asked for."""
         if not self.config.profile:
             yield _NoProfiler()
             return
-        with torch.profiler.profile(record_shapes=True) as profile:
+        few = torch.profiler.schedule(wait=0, warmup=1, active=24, repeat=1)
+
+        def export(profile: Any) -> None:
+            profile.export_chrome_trace(str(self.run.profile_file))
+            table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
+            self.reporter.say(f"{table}\nprofile: {self.run.profile_file}")
+
+        with torch.profiler.profile(
+            record_shapes=True, schedule=few, on_trace_ready=export
+        ) as profile:
             yield profile
-        profile.export_chrome_trace(str(self.run.profile_file))
-        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
-        self.reporter.say(f"{table}\nprofile: {self.run.profile_file}")
 
     # --- state -------------------------------------------------------------------------------
 
@@ -265,6 +281,7 @@ class Trainer:
             "random": random_states.random_states(),
             "best": self.best,
             "evaluations_without_gain": self.evaluations_without_gain,
+            "validated_at": self._validated_at,
             "losses": self._losses.item(),
             "counted": self._counted,
         }
@@ -286,10 +303,17 @@ class Trainer:
             self.seconds = state["seconds"]
             self.best = state["best"]
             self.evaluations_without_gain = state["evaluations_without_gain"]
+            self._validated_at = state["validated_at"]
+            self._saved_at = self.step
             self._losses.fill_(state["losses"])
             self._counted = state["counted"]
         for logger in self.loggers:
             logger.rewind(self.step)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, to the millisecond."""
+        return round(self.seconds, 3)
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metabatch_cli.batching.task import Task
 from metabatch_cli.learners.learner import Learner, Metric
@@ -21,7 +22,9 @@ Weights = dict[str, Tensor]
 class MAML(Learner):
     """Finn et al. 2017, "Model-Agnostic Meta-Learning" (arXiv:1703.03400), algorithms 1 and 2.
 
-    All tasks of a batch adapt at once, `vmap` over the inner loop. The inner loss is the mean
+    All tasks of a batch adapt at once, `vmap` over the inner loop, unless the network has
+    convolutions, which that makes slower on CPUs, or normalisation layers, whose second
+    derivatives it gets wrong (torch 2.13): then one after the other. The inner loss is the mean
     squared error where y is float, cross-entropy where it is a class.
 
     Args:
@@ -54,7 +57,9 @@ class MAML(Learner):
                 "(model.norm=transductive)"
             )
         self.model = model
+        self.ways = ways
         self.classifies = ways is not None
+        self._at_once: bool | None = None  # decided by the first task
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.first_order = first_order
@@ -76,7 +81,8 @@ class MAML(Learner):
             adapted = self._adapt(weights, cx, cy, self.inner_steps)
             return self._loss(self._call(adapted, tx), ty)
 
-        return vmap(target_loss)(*tasks[:4]).mean()
+        (losses,) = self._for_each_task(lambda *task: [target_loss(*task)], *tasks[:4])
+        return losses.mean()
 
     @torch.no_grad()
     def score(self, tasks: Task) -> dict[str, Tensor]:
@@ -86,7 +92,7 @@ class MAML(Learner):
         for steps, output in zip(self.eval_steps, outputs, strict=True):
             if self.classifies:
                 hits = output.argmax(dim=-1) == tasks.target_y
-                scores[f"accuracy@steps={steps}"] = hits.double().mean(dim=1)
+                scores[f"accuracy@steps={steps}"] = hits.to(output.dtype).mean(dim=1)
             else:
                 squares = (output - tasks.target_y).square()
                 scores[f"mse@steps={steps}"] = squares.mean(dim=(1, 2))
@@ -115,7 +121,28 @@ class MAML(Learner):
                 outputs.append(self._call(weights, tx))
             return outputs
 
-        return vmap(solve)(context_x, context_y, target_x)
+        return self._for_each_task(solve, context_x, context_y, target_x)
+
+    def _for_each_task(self, solve: Callable[..., list[Tensor]], *fields: Tensor) -> list[Tensor]:
+        """What `solve` makes of each task's fields, stacked: all at once, or one by one."""
+        if self._at_once is None:
+            self._at_once = self._looks_safe_at_once(fields[0][0])
+        if self._at_once:
+            return vmap(solve)(*fields)
+        solved = [solve(*task) for task in zip(*fields, strict=True)]
+        return [torch.stack(part) for part in zip(*solved, strict=True)]
+
+    @torch.no_grad()
+    def _looks_safe_at_once(self, x: Tensor) -> bool:
+        """Whether tasks can adapt under vmap: by what the network computes, not by its name."""
+        with _Operators() as operators:
+            output = self.model(x)
+        if self.ways is not None and output.shape[-1] != self.ways:
+            raise ValueError(
+                f"the network has {output.shape[-1]} outputs for ways={self.ways} classes (Conv-4 "
+                "is an embedding unless model.head=true)"
+            )
+        return not any("norm" in name or "conv" in name for name in operators.names)
 
     def _adapt(self, weights: Weights, x: Tensor, y: Tensor, steps: int) -> Weights:
         """The weights after some gradient steps on one task's context."""
@@ -136,3 +163,17 @@ class MAML(Learner):
         if self.classifies:
             return F.cross_entropy(output, y)
         return F.mse_loss(output, y)
+
+
+class _Operators(TorchDispatchMode):
+    """Meanwhile, the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))

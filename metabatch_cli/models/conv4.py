@@ -13,26 +13,28 @@ class Conv4(nn.Module):
     """Blocks of 3×3 convolution, batch normalisation, ReLU and 2×2 max pooling.
 
     The embedding of Vinyals et al. 2016 (arXiv:1606.04080) and Snell et al. 2017
-    (arXiv:1703.05175): 64 features for a 28×28 image. With `dim_y` a linear head follows.
+    (arXiv:1703.05175): 64 features for a 28×28 image.
 
     Args:
         x_shape: `(C, H, W)` of an image.
-        dim_y: outputs of a linear head; None for an embedding network.
+        dim_y: outputs of the head, if there is one.
         width: channels of each block.
         depth: blocks.
         norm: `batch` normalises by the statistics of the images at hand while training and by
             running ones in evaluation; `transductive` always by those at hand; `none` not.
         channels_last: memory layout of the convolutions, the faster one on CPUs.
+        head: whether a linear layer follows, for classes; without it an embedding.
     """
 
     def __init__(
         self,
         x_shape: tuple[int, int, int],
-        dim_y: Annotated[int, Ge(1)] | None = None,
+        dim_y: Annotated[int, Ge(1)] = 1,
         width: Annotated[int, Ge(1)] = 64,
         depth: Annotated[int, Ge(1)] = 4,
         norm: Literal["batch", "transductive", "none"] = "batch",
         channels_last: bool = True,
+        head: bool = False,
     ) -> None:
         super().__init__()
         channels, *sides = x_shape
@@ -51,7 +53,7 @@ class Conv4(nn.Module):
             blocks += [nn.MaxPool2d(2), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
         features = width * (sides[0] // 2**depth) * (sides[1] // 2**depth)
-        self.head = nn.Identity() if dim_y is None else nn.Linear(features, dim_y)
+        self.head = nn.Linear(features, dim_y) if head else nn.Identity()
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
 

@@ -288,6 +288,19 @@ def test_a_normal_number_that_numpy_keeps_back_comes_back_too():
     assert global_states() == before
 
 
+def test_a_kept_back_normal_number_of_a_bit_generator_of_ones_own_comes_back():
+    original = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        np.random.randn()
+        before = np.random.get_state(legacy=False)
+        with borrowed_global_generators():
+            np.random.randn(3)
+        assert np.random.get_state(legacy=False) == before
+    finally:
+        np.random.set_bit_generator(original)
+
+
 def test_a_bit_generator_of_the_callers_own_comes_back():
     original, own = np.random.get_bit_generator(), np.random.PCG64(1)
     np.random.set_bit_generator(own)

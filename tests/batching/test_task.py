@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -208,3 +209,8 @@ def test_the_digest_reads_all_of_a_long_array():
     changed = array.copy()
     changed[2500] = 1
     assert digest(array) != digest(changed)
+
+
+def test_arrays_of_words_have_a_digest():
+    assert digest(np.array(["a", "b"])) == digest(np.array(["a", "b"]))
+    assert digest(np.array(["a", "b"])) != digest(np.array(["a", "c"]))

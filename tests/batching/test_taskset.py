@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from metabatch_cli.batching import TaskLoader, TaskSet, TaskSpec
 from metabatch_cli.batching.sizes import Fixed, Metabatch, Rest
 from metabatch_cli.batching.taskset import makes_whole_batches, n_tasks
-from tests.batching.examples import Draws, Waves
+from tests.batching.examples import Draws, Waves, first
 
 
 def test_the_first_seven_parameters_are_the_originals():
@@ -70,6 +70,24 @@ def test_eval_is_every_split_but_train(arguments, split, held_out):
     taskset = TaskSet(1, 5, 10, **arguments)
     assert (taskset.split, taskset.eval) == (split, held_out)
     assert taskset.law.eval == held_out
+
+
+def test_a_set_can_be_given_its_split_later():
+    arguments = (1, 5, 10, 20, False, False, True)
+    for split in ("val", "test", "train"):
+        moved = Waves(None, 1, 5, 10, total_tgt_pts=20, predict_full_target_during_eval=True)
+        moved.belong_to(split)
+        made = TaskSet(*arguments, split=split)
+        assert (moved.split, moved.eval, moved.law) == (made.split, made.eval, made.law)
+        there = Waves(
+            None, 1, 5, 10, total_tgt_pts=20, predict_full_target_during_eval=True, split=split
+        )
+        assert first(TaskLoader(moved), 3) == first(TaskLoader(there), 3)
+
+
+def test_an_unknown_split_given_later_is_refused_too():
+    with pytest.raises(ValueError, match=r"split='valid'.*train, val, test"):
+        Waves().belong_to("valid")
 
 
 def test_an_unknown_split_is_answered_with_the_choices():

@@ -160,7 +160,6 @@ def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
     assert examples.fingerprint(trained) == before
 
 
-@pytest.mark.xfail(strict=True, reason="bug: without the run's own keys there is no nearest")
 def test_an_unknown_key_of_a_run_is_named_with_the_nearest(trained):
     done = metabatch("eval", "run=run", "taskset.nois=1", cwd=trained, code=1)
     assert "did you mean 'noise'?" in only_message(done)

@@ -18,11 +18,6 @@ from metabatch_cli.app import COMMANDS
 from metabatch_cli.engine.run_directory import RunDirectory
 from tests.cli.program import SCRIPT, TINY, metabatch, only_message
 
-SPLIT = pytest.mark.xfail(
-    strict=True, reason="bug: words are put behind an option, where argparse takes no more"
-)
-
-
 # --- help ------------------------------------------------------------------------------------
 
 
@@ -124,12 +119,10 @@ def test_the_configuration_is_printed_as_yaml(tmp_path):
         "train --cfg job +experiment=cnp_sine debug=short",
         "train --cfg job debug=short +experiment=cnp_sine",
         "check --cfg job +experiment=cnp_sine debug=short",
-        pytest.param("train +experiment=cnp_sine debug=short --cfg job", marks=SPLIT),
-        pytest.param("train debug=short +experiment=cnp_sine --cfg job", marks=SPLIT),
-        pytest.param("check +experiment=cnp_sine debug=short --cfg job", marks=SPLIT),
-        pytest.param(
-            "train +experiment=cnp_sine --config-dir . debug=short --cfg job", marks=SPLIT
-        ),
+        ("train +experiment=cnp_sine debug=short --cfg job"),
+        ("train debug=short +experiment=cnp_sine --cfg job"),
+        ("check +experiment=cnp_sine debug=short --cfg job"),
+        ("train +experiment=cnp_sine --config-dir . debug=short --cfg job"),
     ],
 )
 def test_options_may_stand_before_and_behind_the_overrides(tmp_path, words):
@@ -188,14 +181,12 @@ def test_a_mistake_is_one_message_and_leaves_no_run_directory(tmp_path, words, s
     assert list(tmp_path.glob("outputs/*/*")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="bug: debug=short is no override when keys are looked up")
 def test_an_unknown_key_is_named_with_the_nearest_while_debugging_too(tmp_path):
     words = ("+experiment=cnp_sine", "debug=short", "loader.batchsize=3")
     done = metabatch("train", *words, cwd=tmp_path, code=1)
     assert "did you mean 'batch_size'?" in only_message(done)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: outputs/DATE stays, empty")
 def test_a_mistake_leaves_nothing_at_all(tmp_path):
     metabatch("train", *TINY, "loader.batch_size=0", cwd=tmp_path, code=1)
     assert list(tmp_path.iterdir()) == []

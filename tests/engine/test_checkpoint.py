@@ -78,7 +78,6 @@ def test_a_seed_is_the_same_numbers_and_another_seed_others(draw):
     assert len(set(found[1:])) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a sign and the bits beyond 32 are lost")
 @pytest.mark.parametrize(
     ("draw", "other"),
     [(DRAWS[0], -3), (DRAWS[1], -3), (DRAWS[2], 3 + 2**32)],
@@ -193,7 +192,6 @@ def test_weights_of_another_shape_are_refused_by_the_tensors_name(trained, overr
     assert " there and " in said
 
 
-@pytest.mark.xfail(reason="bug: which one is named is up to the hash of strings")
 def test_of_several_that_differ_the_first_is_named(tmp_path):
     def network(width: int) -> nn.Module:
         return nn.Sequential(*(nn.Linear(width, width) for _ in range(50)))
@@ -208,10 +206,7 @@ def test_of_several_that_differ_the_first_is_named(tmp_path):
     "source",
     [
         "empty",
-        pytest.param(
-            "nowhere",
-            marks=pytest.mark.xfail(strict=True, reason="bug: trainer.init_from is not named"),
-        ),
+        ("nowhere"),
     ],
 )
 def test_a_source_that_is_no_run_is_named_under_its_key(tmp_path, source):

@@ -143,7 +143,6 @@ def test_a_process_keeps_itself_out_too(tmp_path):
         pass
 
 
-@pytest.mark.xfail(strict=True, reason="bug: closing the second file gives the first's lock away")
 def test_an_attempt_of_the_same_process_does_not_open_the_door_to_others(tmp_path):
     with RunDirectory(tmp_path).lock():
         with pytest.raises(UserError, match="is in use"), RunDirectory(tmp_path).lock():
@@ -208,7 +207,6 @@ def test_clearing_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert not run.holds_run
 
 
-@pytest.mark.xfail(strict=True, reason="bug: metrics.csv stays")
 def test_clearing_deletes_the_table_of_the_csv_logger_too(tmp_path):
     run = full_of_a_run(tmp_path)
     write_text(tmp_path / "metrics.csv", "step,loss")

@@ -311,7 +311,6 @@ def test_a_loss_that_is_no_number_ends_the_training_with_step_batch_and_checkpoi
     assert all(row["loss"] is not None for row in training_rows(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: weights that are no numbers are saved")
 @pytest.mark.parametrize("step", [4, 10])
 def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path, step):
     overrides = (*scripted(bad_gradient_at=step, best_at=99), "trainer.checkpoint_every=1")
@@ -358,11 +357,6 @@ def test_a_set_that_says_nothing_of_itself_trains(tmp_path, taskset, workers):
     assert done["metrics"]["test/mse"]["tasks"] == 16
 
 
-UNTOLD = pytest.mark.xfail(
-    strict=True, reason="bug: eval stays false where the constructor does not take it"
-)
-
-
 @pytest.mark.parametrize(
     ("taskset", "split"),
     [
@@ -370,8 +364,8 @@ UNTOLD = pytest.mark.xfail(
         ("OldStyle", "val"),
         ("OldStyle", "test"),
         ("Minimal", "train"),
-        pytest.param("Minimal", "val", marks=UNTOLD),
-        pytest.param("Minimal", "test", marks=UNTOLD),
+        ("Minimal", "val"),
+        ("Minimal", "test"),
     ],
 )
 def test_a_set_knows_whether_its_tasks_are_held_out(taskset, split):

@@ -58,7 +58,8 @@ def mlp(dim_y: int = 1, seed: int = 0) -> MLP:
 def conv(norm: str, dim_y: int | None = None, seed: int = 0, **more: object) -> Conv4:
     """Two blocks for images of SIDE × SIDE."""
     torch.manual_seed(seed)
-    return Conv4((1, SIDE, SIDE), dim_y, width=4, depth=2, norm=norm, **more).double()
+    more |= {"width": 4, "depth": 2, "norm": norm, "head": dim_y is not None}
+    return Conv4((1, SIDE, SIDE), dim_y or 1, **more).double()
 
 
 def every_learner() -> dict[str, tuple[Learner, Task]]:

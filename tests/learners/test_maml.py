@@ -69,11 +69,6 @@ def test_all_tasks_at_once_are_a_loop_over_the_tasks(
 
 # torch 2.13: under vmap, second derivatives through batch_norm, layer_norm and instance_norm that
 # are given weight and bias are silently wrong (group_norm, and a scale applied outside, are right)
-WRONG = pytest.mark.xfail(
-    strict=True, reason="bug: torch's second derivatives of affine norms are wrong under vmap"
-)
-
-
 @pytest.mark.parametrize(
     ("norm", "first_order", "inner_steps"),
     [
@@ -81,8 +76,8 @@ WRONG = pytest.mark.xfail(
         ("none", True, 2),
         ("transductive", True, 1),
         ("transductive", True, 2),
-        pytest.param("transductive", False, 1, marks=WRONG),
-        pytest.param("transductive", False, 2, marks=WRONG),
+        ("transductive", False, 1),
+        ("transductive", False, 2),
     ],
 )
 def test_classification_is_a_loop_over_the_tasks_too(norm, first_order, inner_steps):
@@ -101,7 +96,6 @@ def test_classification_is_a_loop_over_the_tasks_too(norm, first_order, inner_st
     torch.testing.assert_close(learner.score(tasks)[f"accuracy@steps={inner_steps}"], accuracy)
 
 
-@WRONG
 def test_a_users_network_with_a_layer_norm_gets_the_true_gradient_too():
     def network() -> nn.Module:
         torch.manual_seed(0)
@@ -115,7 +109,6 @@ def test_a_users_network_with_a_layer_norm_gets_the_true_gradient_too():
     torch.testing.assert_close(meta_gradients(learner, tasks), gradients)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Conv4's channels_last layout fails under vmap")
 def test_the_shipped_conv4_adapts_whatever_its_memory_layout():
     tasks = classification()
     one, other = (

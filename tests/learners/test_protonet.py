@@ -66,13 +66,7 @@ def test_the_loss_is_the_cross_entropy_of_minus_the_distances(training):
         ("none", True),
         ("none", False),
         ("transductive", True),
-        pytest.param(
-            "transductive",
-            False,
-            marks=pytest.mark.xfail(
-                strict=True, reason="bug: evaluation normalises over all tasks of the batch"
-            ),
-        ),
+        ("transductive", False),
     ],
 )
 def test_a_batchs_other_tasks_never_matter(norm, training):

@@ -99,6 +99,27 @@ def test_no_prediction_is_surer_than_min_sigma(min_sigma, seed):
     assert most_likely.max() <= -math.log(min_sigma * math.sqrt(2 * math.pi)) + 1e-9
 
 
+@given(st.floats(0.001, 1.0), st.floats(-20, 20))
+def test_sigma_is_that_of_the_papers_code(min_sigma, raw):
+    model = cnp(min_sigma=min_sigma)
+    with torch.no_grad():
+        model.decoder[-1].weight.zero_()
+        model.decoder[-1].bias.copy_(torch.tensor([3.0, raw]))
+    prediction = model(*tasks(1, 2, 2, 1, 1, seed=0))
+    sigma = min_sigma + (1 - min_sigma) * math.log1p(math.exp(raw))
+    torch.testing.assert_close(prediction.stddev, torch.full_like(prediction.stddev, sigma))
+    torch.testing.assert_close(prediction.mean, torch.full_like(prediction.mean, 3.0))
+
+
+@given(st.integers(1, 5), st.integers(2, 4), seeds)
+def test_points_that_are_seen_several_times_say_nothing_more(n_context, times, seed):
+    context_x, context_y, target_x = tasks(2, n_context, 4, 1, 1, seed)
+    model = cnp(seed=seed)
+    once = model(context_x, context_y, target_x).mean
+    often = model(context_x.repeat(1, times, 1), context_y.repeat(1, times, 1), target_x).mean
+    torch.testing.assert_close(often, once)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh", "silu"])
 @pytest.mark.parametrize(("encoder_depth", "decoder_depth"), [(1, 1), (2, 4), (4, 1)])
 def test_depths_count_linear_layers(activation, encoder_depth, decoder_depth):

@@ -38,8 +38,8 @@ def test_features_follow_from_width_depth_and_size(channels, side, depth, featur
 
 
 @pytest.mark.parametrize("dim_y", [1, 5])
-def test_with_dim_y_there_is_a_head(dim_y):
-    assert conv4(dim_y=dim_y)(bytes_of(3)).shape == (3, dim_y)
+def test_a_head_has_an_output_for_each_dimension(dim_y):
+    assert conv4(dim_y=dim_y, head=True)(bytes_of(3)).shape == (3, dim_y)
 
 
 @given(st.integers(0, 2**31))
