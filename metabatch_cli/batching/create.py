@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from metabatch_cli.batching.streams import (
     borrowed_global_generators,
     seed_global_generators,
 )
-from metabatch_cli.batching.task import concatenate, tree_map
+from metabatch_cli.batching.task import Task, concatenate, tree_map
 from metabatch_cli.batching.taskset import TaskSet, makes_whole_batches
 
 
@@ -55,7 +55,11 @@ class BatchMaker:
                 check_sendable(batch)
             return batch
         except Exception as error:
-            error.add_note(f"while creating {spec} of {type(self.taskset).__name__}")
+            note = f"while creating {spec} of {type(self.taskset).__name__}"
+            if get_worker_info() is not None and "<locals>" in type(error).__qualname__:
+                # a class that only exists inside a function cannot be sent either
+                raise RuntimeError(f"{type(error).__name__}: {error}\n{note}") from error
+            error.add_note(note)
             raise
 
     def _make_whole(self, spec: BatchSpec) -> Any:
@@ -84,18 +88,36 @@ class BatchMaker:
 
 def check_sendable(batch: Any) -> None:
     """Raise TypeError here for what cannot be sent: torch's queue would drop it and wait."""
+    if _surely_sendable(batch):
+        return
+    try:
+        pickle.dumps(batch)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _leaves(batch)):
+            raise TypeError("it holds a tensor with a graph: detach it")
+    except Exception as error:
+        raise TypeError(
+            f"a worker cannot send this {type(batch).__name__} to the main process: {error}"
+        ) from None
 
-    def look(leaf: Any) -> None:
-        if not isinstance(leaf, (Tensor, np.ndarray, int, float, str, bytes, type(None))):
-            try:
-                ForkingPickler.dumps(leaf)
-            except Exception as error:
-                raise TypeError(
-                    f"a worker cannot send {type(leaf).__name__} to the main process, because it "
-                    f"cannot be pickled: {error}"
-                ) from None
 
-    tree_map(look, batch)
+def _surely_sendable(tree: Any) -> bool:
+    """Whether it is built of what always travels; anything else is tried out."""
+    kind = type(tree)
+    if kind is dict:
+        return all(_surely_sendable(part) for part in tree.values())
+    if kind in (tuple, list, Task):
+        return all(_surely_sendable(part) for part in tree)
+    if kind is Tensor:
+        return not tree.requires_grad
+    if kind is np.ndarray:
+        return tree.dtype != object
+    return kind in (int, float, bool, str, bytes, type(None))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
 
 
 def _split(sizes: Mapping[str, int]) -> tuple[int, int, dict[str, int]]:

@@ -133,9 +133,9 @@ class TaskLoader:
             drop_last=drop_last,
             seed=self.seed,
             split=dataset.split,
-            rank=rank,
-            world_size=world_size,
-            shards=shards,
+            rank=operator.index(rank),
+            world_size=operator.index(world_size),
+            shards=operator.index(shards),
         )
         self._maker = BatchMaker(dataset, self.seed, dataset.split, collate_fn)
         if self._maker.whole and collate_fn is not None:
@@ -148,7 +148,7 @@ class TaskLoader:
         )
         self._step = 0  # batches that were handed out, over all epochs
         self._mid_epoch = False  # whether a batch was handed out since the state was set
-        self._loads = 0  # how often the state was set: iterators from before are stale
+        self._loads = 0  # how often it was set, or the loader closed: older iterators are stale
         self._opened = 0  # how often the pipe was opened, which persistent workers share
         self._pipe: DataLoader | None = None
         self._open_workers: list[Any] = []  # torch's iterator over it, which owns the workers
@@ -198,8 +198,8 @@ class TaskLoader:
         for number, step in enumerate(steps):
             if loads != self._loads or (self.persistent_workers and opened != self._opened):
                 raise RuntimeError(
-                    "this iterator is no longer valid: the loader was given another state, or its "
-                    "persistent workers serve a newer iterator"
+                    "this iterator is no longer valid: the loader was closed, was given another "
+                    "state, or its persistent workers serve a newer iterator"
                 )
             try:
                 batch = next(batches)
@@ -290,6 +290,7 @@ class TaskLoader:
     def close(self) -> None:
         """Stop the workers and free what they shared."""
         self._pipe = None
+        self._loads += 1
         _stop_workers(self._open_workers)
 
     def __enter__(self) -> TaskLoader:

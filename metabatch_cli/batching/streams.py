@@ -143,7 +143,7 @@ def borrowed_global_generators() -> Iterator[np.random.MT19937]:
     finally:
         random.setstate(python_state)
         numpy_random.set_bit_generator(numpy_bits)
-        if numpy_state["has_gauss"] and numpy_state["bit_generator"] == "MT19937":
+        if numpy_state["has_gauss"]:
             np.random.set_state(numpy_state)  # swapping forgets a normal number kept for later
         torch.default_generator.set_state(torch_state)
 

@@ -114,8 +114,9 @@ def digest(*batches: Any) -> str:
 
     def add(leaf: Any) -> None:
         if isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            leaf = torch.from_numpy(np.ascontiguousarray(leaf))
-        if isinstance(leaf, Tensor):
+            sha.update(f"{leaf.dtype}{leaf.shape}".encode())
+            sha.update(leaf.tobytes())
+        elif isinstance(leaf, Tensor):
             leaf = leaf.detach().cpu().contiguous()
             sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             sha.update(leaf.flatten().view(torch.uint8).numpy())

@@ -104,8 +104,6 @@ class TaskSet(Dataset):
         sizes: str | Mapping[str, Any] | SizeLaw = "metabatch",
         split: Split | None = None,
     ) -> None:
-        if split is not None and split not in SPLITS:
-            raise ValueError(f"split={split!r}: choose from {', '.join(SPLITS)}")
         self.sizes = sizes
         self.min_pts = min_pts
         self.max_ctx_pts = max_ctx_pts
@@ -121,6 +119,8 @@ class TaskSet(Dataset):
         Sets `split`, `eval` and `law`. A set whose constructor knows nothing of splits is given
         its own by this.
         """
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: choose from {', '.join(SPLITS)}")
         self.split = split
         self.eval = split != "train"
         self.law = make_law(self.sizes, {name: getattr(self, name) for name in _KNOWN_TO_LAWS})

@@ -797,18 +797,15 @@ def a_local_error(tasks):
     raise Local("this one cannot be sent either")
 
 
-unseen = pytest.mark.xfail(strict=True, reason="bug: torch's queue drops it and waits")
-
-
 @pytest.mark.parametrize(
     "collate",
     [
         a_function,
-        pytest.param(a_local_tuple, marks=unseen),
-        pytest.param(a_local_default, marks=unseen),
-        pytest.param(an_array_of_functions, marks=unseen),
-        pytest.param(a_graph, marks=unseen),
-        pytest.param(a_local_error, marks=unseen),
+        a_local_tuple,
+        a_local_default,
+        an_array_of_functions,
+        a_graph,
+        a_local_error,
     ],
 )
 def test_what_cannot_be_sent_is_an_error_and_no_endless_wait(collate):

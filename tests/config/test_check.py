@@ -204,18 +204,19 @@ def test_a_model_of_another_shape_is_refused_by_its_arguments():
 
 
 def test_overrides_are_one_set_without_a_name_or_several_named_by_what_differs():
-    taskset = {"_target_": "x", "noise": 0.0, "dataset": {"_target_": "y", "amplitude": 1}}
-    assert test_sets({}, taskset) == test_sets(None, taskset) == {"": {}}
+    taskset = {"noise": 0.0, "max_ctx_pts": 20, "dataset": {"amplitude": 1.0}}
+    assert test_sets(None, taskset) == test_sets({}, taskset) == {"": {}}
     assert test_sets({"noise": 0.1}, taskset) == {"": {"noise": 0.1}}
-    deep = {"dataset": {"amplitude": 2}}
-    assert test_sets(deep, taskset) == {"": deep}
-    assert test_sets({"easy": {"noise": 0}}, taskset) == {"easy": {"noise": 0}}
     several = {"shots=1": {"max_ctx_pts": 1}, "shots=5": {"max_ctx_pts": 5}, "noise=0": None}
     assert test_sets(several, taskset) == {
         "shots=1": {"max_ctx_pts": 1},
         "shots=5": {"max_ctx_pts": 5},
         "noise=0": {},
     }
+    named = {"loud": {"noise": 1.0}, "quiet": {"noise": 0.0}}
+    assert test_sets(named, taskset) == named
+    nested = {"dataset": {"amplitude": 2.0}}  # a part of the task set is no name of one
+    assert test_sets(nested, taskset) == {"": nested}
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -66,6 +66,13 @@ def test_what_is_typed_is_not_chosen(override, key, value):
     assert leaf(resolve(compose(*BASE, override)), key) == value
 
 
+def test_a_data_folder_stays_where_it_was_when_the_run_is_resumed_from_elsewhere(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(compose(*BASE, "data_dir=somewhere"))["data_dir"] == str(tmp_path / "somewhere")
+
+
 def test_what_a_run_chose_stays_when_it_is_resumed():
     saved = {
         "data_dir": "/elsewhere",
