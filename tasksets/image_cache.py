@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -116,8 +117,11 @@ def _make(entry: Path, decoded: Decoded) -> None:
                 file.write(image.tobytes())
         (partial / "about.json").write_text(json.dumps(decoded.about))
         shutil.rmtree(entry, ignore_errors=True)  # only ever a damaged one
-        with suppress(FileExistsError):  # where there are no locks, another one may be first
+        try:
             os.rename(partial, entry)
+        except OSError as error:  # where there are no locks, another one may be first
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     seconds = time.monotonic() - started

@@ -242,7 +242,11 @@ class TaskLoader:
     # --- state -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, int]:
-        """Where reading stands, as integers that JSON holds: the next step, and what must fit."""
+        """Where reading stands, as integers that JSON holds: the next step, and what must fit.
+
+        Taken in the middle of an epoch, it continues that epoch, also where the epoch was left by
+        `break`.
+        """
         return {"step": self._step, **self._fingerprint()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

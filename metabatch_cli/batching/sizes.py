@@ -221,8 +221,14 @@ def make_law(sizes: str | Mapping[str, Any] | SizeLaw, arguments: Mapping[str, A
 
     Raises:
         ValueError: no law of that name, an unknown field, or sizes that contradict each other.
+        TypeError: a law of one's own that is no dataclass.
     """
     if isinstance(sizes, SizeLaw):
+        if "__dataclass_fields__" not in vars(type(sizes)):
+            raise TypeError(
+                f"{type(sizes).__name__} must be a dataclass: its fields are a part of what a "
+                "resumed run is compared by"
+            )
         return sizes
     fields = {"law": sizes} if isinstance(sizes, str) else dict(sizes)
     name = fields.pop("law", "metabatch")

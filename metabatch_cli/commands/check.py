@@ -30,7 +30,7 @@ def job(config: DictConfig) -> None:
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import check
     from metabatch_cli.config.errors import UserError
-    from metabatch_cli.engine.run import Parts, describe
+    from metabatch_cli.engine.parts import Parts, describe
     from metabatch_cli.report.console import Reporter
 
     reporter = Reporter()

@@ -74,8 +74,8 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
     from metabatch_cli.engine.run import load_run
-    from metabatch_cli.engine.run_directory import write_json
     from metabatch_cli.report.console import Reporter
+    from metabatch_cli.report.files import write_json
 
     plain = choices.resolve(config, fall_back=True)
     directory = plain.pop("run")

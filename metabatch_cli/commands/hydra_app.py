@@ -18,6 +18,9 @@ _WITH_VALUE = {
 }
 
 
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
 def launch(
     config_name: str,
     module: str,
@@ -48,14 +51,17 @@ def sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
     """Options with their values, and overrides: Hydra's parser wants the latter in one piece."""
     options: list[str] = []
     overrides: list[str] = []
-    rest = iter(words)
-    for word in rest:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("-"):
             overrides.append(word)
             continue
         options.append(word)
-        if word in _WITH_VALUE and (value := next(rest, None)) is not None:
-            options.append(value)
+        if word in _WITH_VALUE and rest:
+            options.append(rest.pop(0))
+        elif word in ("--info", "-i"):  # its value may be left out, but not before an override
+            options.append(rest.pop(0) if rest and rest[0] in _INFO else "all")
     return options, overrides
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from metabatch_cli.config.errors import UserError
-from metabatch_cli.engine.run_directory import RunDirectory, write_atomically
+from metabatch_cli.engine.run_directory import RunDirectory
+from metabatch_cli.report.files import write_atomically
 
 FORMAT = 1
 

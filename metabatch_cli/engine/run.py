@@ -6,27 +6,24 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from metabatch_cli.batching.loader import TaskLoader
-from metabatch_cli.batching.task import slice_tasks
-from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from metabatch_cli.batching.taskset import Split, TaskSet
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.config.schema import Config
 from metabatch_cli.engine import checkpoint, random_states
-from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
-from metabatch_cli.engine.precision import Precision
+from metabatch_cli.engine.evaluator import Evaluation
+from metabatch_cli.engine.parts import Parts, describe
 from metabatch_cli.engine.run_directory import RunDirectory
+from metabatch_cli.engine.same_run import has_nothing_to_do
 from metabatch_cli.engine.stop import Interrupted
 from metabatch_cli.engine.trainer import Trainer
 from metabatch_cli.learners.learner import Learner
@@ -34,22 +31,6 @@ from metabatch_cli.report.console import Reporter, clock
 from metabatch_cli.report.loggers import JsonlLogger, Logger
 
 log = logging.getLogger("metabatch")
-
-# what may differ from the configuration of a run that is resumed: nothing that its numbers
-# depend on
-FREE_TO_CHANGE = (
-    "fresh",
-    "logger",
-    "launcher",
-    "loader.workers",
-    "loader.prefetch_factor",
-    "loader.persistent_workers",
-    "loader.pin_memory",
-    "loader.timeout",
-    "trainer.log_every",
-    "trainer.max_steps",
-    "trainer.max_time",
-)
 
 
 def train(
@@ -167,136 +148,6 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
 
 
 @dataclass
-class Parts:
-    """Everything that a configuration declares, built in the order in which it is needed."""
-
-    config: Config
-    begun: bool = False
-    """Whether there is a checkpoint to go on from, so that `init_from` is no longer needed."""
-
-    def build(self) -> None:
-        """Build all that training needs, so that what cannot be built says so before it begins."""
-        torch.set_num_threads(int(self.config.trainer.threads))
-        self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
-        self.evaluation_loaders("val")
-        self.evaluation_loaders("test")
-        self.try_out()
-        if self.config.trainer.monitor is not None:
-            self.check_monitor()
-        size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
-        if size % parts:
-            raise ConfigError(
-                "trainer.accumulate",
-                f"does not divide loader.batch_size={size}",
-                value=parts,
-                allowed=", ".join(str(k) for k in range(1, size + 1) if size % k == 0),
-            )
-
-    def try_out(self) -> None:
-        """Let the learner look at two tasks: what does not fit together says so before a run."""
-        tasks = slice_tasks(self.precision.prepare(self.loader.batch_at(0)), 0, 2)
-        learner = deepcopy(self.learner).eval()  # which may count, or keep running statistics
-        try:
-            with random_states.preserved(), torch.no_grad(), self.precision.autocast():
-                learner(tasks)
-                scores = learner.score(tasks)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            model = self.config.model["_target_"].rpartition(".")[2]
-            raise ConfigError(
-                "learner",
-                f"{type(learner).__name__} around {model} cannot learn from these tasks: "
-                f"{type(error).__name__}: {error}",
-            ) from error
-        if learner.metric.name not in scores:
-            raise ConfigError(
-                "learner",
-                f"its metric {learner.metric.name!r} is not among its scores",
-                allowed=scores,
-                wrong_name=learner.metric.name,
-            )
-
-    def check_monitor(self) -> None:
-        """Raise ConfigError now, not at the first validation, if nothing has that name."""
-        loaders = self.evaluation_loaders("val")
-        evaluation = evaluate(self.learner, loaders, self.precision, split="val", n_tasks=1)
-        metric = monitored(self.learner.metric, self.config.trainer.monitor)
-        if evaluation.find("val", metric.name) is None:
-            raise ConfigError(
-                "trainer.monitor",
-                "there is no such validation metric",
-                value=metric.name,
-                allowed=[name.removeprefix("val/") for name in evaluation.metrics],
-                wrong_name=metric.name,
-            )
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the learner lives."""
-        return torch.device(self.config.loader.device)
-
-    @cached_property
-    def precision(self) -> Precision:
-        """What it computes in."""
-        return Precision(self.config.trainer.precision, self.device)
-
-    @cached_property
-    def taskset(self) -> TaskSet:
-        """Training tasks."""
-        return build.build_taskset(self.config, "train")
-
-    @cached_property
-    def loader(self) -> TaskLoader:
-        """Batches of them."""
-        return build.build_loader(self.config, self.taskset)
-
-    @cached_property
-    def spec(self) -> TaskSpec:
-        """Shapes and kinds, from the task set or from its first batch."""
-        first = self.loader.batch_at(0) if self.taskset.spec is None else None
-        return build.spec_of(self.taskset, first)
-
-    @cached_property
-    def learner(self) -> Learner:
-        """The learner, initialised by the seed or from another run."""
-        spec = self.spec
-        random_states.seed_everything(self.config.seed)
-        learner = build.build_learner(self.config, spec)
-        if self.config.trainer.init_from is not None and not self.begun:
-            checkpoint.load_weights(learner, self.config.trainer.init_from)
-        return self.precision.convert(learner)
-
-    @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Over the learner's parameters."""
-        return build.build_optimizer(self.config, self.learner)
-
-    @cached_property
-    def scheduler(self) -> Any:
-        """Of the learning rate, or None."""
-        return build.build_scheduler(self.config, self.optimizer)
-
-    def evaluation_loaders(self, split: Split) -> dict[str, TaskLoader]:
-        """Held-out tasks by the names of their sets."""
-        if split not in self._evaluation:
-            self._evaluation[split] = build.build_evaluation_loaders(self.config, split)
-        return self._evaluation[split]
-
-    def score(self) -> Evaluation:
-        """The learner's scores on the test tasks."""
-        return evaluate(
-            self.learner,
-            self.evaluation_loaders("test"),
-            self.precision,
-            split="test",
-            n_tasks=self.config.evaluation.tasks,
-        )
-
-    @cached_property
-    def _evaluation(self) -> dict[str, dict[str, TaskLoader]]:
-        return {}
-
-
-@dataclass
 class Run:
     """A run that was read back from its directory.
 
@@ -313,6 +164,11 @@ class Run:
     learner: Learner
     parts: Parts
     step: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the learner lives."""
+        return self.parts.device
 
     def score(self) -> Evaluation:
         """Scores on the test tasks of `config.evaluation`."""
@@ -371,53 +227,6 @@ def load_run(
     return Run(run, parts.config, parts.learner.eval(), parts, int(state["step"]))
 
 
-# --- decisions about a directory -----------------------------------------------------------
-
-
-def has_nothing_to_do(
-    run: RunDirectory, saved: Mapping[str, Any], wanted: Mapping[str, Any], config: Config
-) -> bool:
-    """Whether the run of a directory is complete; UserError if it is another run."""
-    refuse_other_configuration(run, saved, wanted)
-    return is_complete(run, config)
-
-
-def refuse_other_configuration(
-    run: RunDirectory, saved: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
-    """Raise UserError if the run that the directory holds has another configuration."""
-    before, now = flatten(saved), flatten(wanted)
-    differing = []
-    for key in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(key, "not set"), now.get(key, "not set")
-        if was != is_now and not _free(key):
-            steps = "trainer.max_steps"
-            follows = was == before.get(steps) and is_now == now.get(steps)
-            why = f" (it follows {steps}: another schedule is another training)" if follows else ""
-            differing.append(f"  {key}: {was} in the run, {is_now} asked for{why}")
-    if differing:
-        raise UserError(
-            f"{run.path}: holds a run of another configuration\n"
-            + "\n".join(differing)
-            + "\n  allowed: the same configuration, another hydra.run.dir, or fresh=true, which "
-            "deletes the run"
-        )
-
-
-def is_complete(run: RunDirectory, config: Config) -> bool:
-    """Whether a run has nothing left to do."""
-    result = run.read_result()
-    if result.get("status") != "completed":
-        return False
-    before = flatten(run.read_config())
-    ended_early = result["step"] < (before.get("trainer.max_steps") or 0)
-    same_end = all(
-        before.get(f"trainer.{key}") == getattr(config.trainer, key)
-        for key in ("max_steps", "max_time")
-    )
-    return result["step"] >= config.trainer.max_steps or (ended_early and same_end)
-
-
 def already_completed(run: RunDirectory, reporter: Reporter) -> dict[str, Any]:
     """Print the result of a completed run."""
     result = run.read_result()
@@ -429,20 +238,6 @@ def already_completed(run: RunDirectory, reporter: Reporter) -> dict[str, Any]:
 def status_of(run: RunDirectory) -> str:
     """What `result.json` says of the run."""
     return run.read_result().get("status", "not begun")
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return leaves
-
-
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
 
 # --- around a training ---------------------------------------------------------------------
@@ -464,6 +259,9 @@ def recorded(run: RunDirectory, config: Config) -> Iterator[None]:
     try:
         yield
     except Interrupted:
+        raise
+    except KeyboardInterrupt:  # the second one: somebody did not want to wait
+        run.write_result(status="interrupted")
         raise
     except BaseException as error:
         log.exception("failed after %.1f s", time.monotonic() - began)
@@ -493,34 +291,6 @@ def logged_to(file: Path) -> Iterator[None]:
 def announce(run: RunDirectory, parts: Parts, reporter: Reporter, *, resumes: bool) -> None:
     """Print what the training will do."""
     reporter.plan("resuming" if resumes else "training", [*describe(parts), ("run", str(run.path))])
-
-
-def describe(parts: Parts) -> list[tuple[str, str]]:
-    """What a configuration amounts to, a row for each part."""
-    config, plan = parts.config, parts.loader.plan
-    kind = type(parts.taskset).__name__
-    dataset = getattr(parts.taskset, "dataset", None)
-    drawn_from = f" of {type(dataset).__name__}" if dataset is not None else ""
-    count = "endless" if plan.n_tasks is None else f"{plan.n_tasks:,} tasks"
-    parameters = sum(parameter.numel() for parameter in parts.learner.parameters())
-    model = config.model["_target_"].rpartition(".")[2]
-    optimizer = type(parts.optimizer).__name__
-    schedule = type(parts.scheduler).__name__ if parts.scheduler else "constant rate"
-    workers = parts.loader.num_workers
-    made = f"{workers} worker{'s' * (workers > 1)}" if workers else "created in this process"
-    trainer = config.trainer
-    limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
-    return [
-        ("task set", f"{kind}{drawn_from}, {count}"),
-        ("sizes", plan.law.describe()),
-        ("loader", f"{plan.batch_size} tasks a batch, {made}"),
-        ("model", f"{model}, {parameters:,} parameters"),
-        ("learner", type(parts.learner).__name__),
-        ("optimizer", f"{optimizer}, lr {config.optimizer.get('lr', 'default')}, {schedule}"),
-        ("trainer", f"{trainer.max_steps:,} steps{limit}, precision {trainer.precision}"),
-        ("device", f"{parts.device}, {trainer.threads} threads"),
-        ("seed", str(config.seed)),
-    ]
 
 
 def draw(run: RunDirectory, parts: Parts, trainer: Trainer) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from metabatch_cli.config.errors import UserError, nearest
+from metabatch_cli.report.files import sweep, write_json, write_text
 
 _held: set[Path] = set()  # a process's own locks never keep itself out, so we remember them
 
@@ -132,50 +131,9 @@ class RunDirectory:
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
             _held.add(place)
+            for folder in (self.path, self.last_checkpoint.parent, self.figures, self.evaluations):
+                sweep(folder)
             try:
                 yield
             finally:
                 _held.discard(place)
-
-
-def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace a file as a whole: whoever reads it sees the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a text file as a whole."""
-    write_atomically(file, lambda stream: stream.write(text.encode()))
-
-
-def write_json(file: Path, tree: Any) -> None:
-    """Replace a JSON file as a whole; what is not finite becomes null."""
-    write_text(file, json.dumps(finite(tree), indent=2) + "\n")
-
-
-def finite(tree: Any) -> Any:
-    """The tree with None for every number that JSON cannot hold."""
-    if isinstance(tree, Mapping):
-        return {str(key): finite(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [finite(value) for value in tree]
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return None
-    return tree
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from metabatch_cli.engine.run_directory import finite, write_text
+from metabatch_cli.report.files import finite, write_text
 
 
 class Logger(Protocol):
@@ -57,10 +58,11 @@ class CsvLogger:
     def close(self) -> None:
         rows = read_rows(self.source)
         columns = dict.fromkeys(name for row in rows for name in row)
-        with self.file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(columns))
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.file, table.getvalue())
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metabatch_cli.engine.run_directory import write_atomically
+from metabatch_cli.report.files import write_atomically
 
 WIDTH = 9.0  # inches: at a README's 900 pixels, 9-point type is 12 pixels high
 DPI = 160

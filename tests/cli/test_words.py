@@ -15,6 +15,7 @@ import yaml
 
 import metabatch_cli
 from metabatch_cli.app import COMMANDS
+from metabatch_cli.commands.hydra_app import sorted_out
 from metabatch_cli.engine.run_directory import RunDirectory
 from tests.cli.program import SCRIPT, TINY, metabatch, only_message
 
@@ -247,3 +248,21 @@ def test_completion_is_installed_by_a_script_for_this_name(tmp_path):
     script = metabatch("-sc", "install=bash", cwd=tmp_path).stdout
     assert "metabatch" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+# --- the order of words ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "overrides"),
+    [
+        ("a=1 --cfg job b=2", "--cfg job", "a=1 b=2"),
+        ("--config-dir conf +e=x -m s=0,1", "--config-dir conf -m", "+e=x s=0,1"),
+        ("+e=x --info", "--info all", "+e=x"),
+        ("--info +e=x", "--info all", "+e=x"),
+        ("--info searchpath +e=x", "--info searchpath", "+e=x"),
+        ("a=-1 ~b", "", "a=-1 ~b"),
+    ],
+)
+def test_options_may_stand_anywhere_among_overrides(words, options, overrides):
+    assert sorted_out(words.split()) == (options.split(), overrides.split())

@@ -23,7 +23,8 @@ from metabatch_cli.batching import Task, TaskSet
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.compose import compose
-from metabatch_cli.engine.run import Parts, train
+from metabatch_cli.engine.parts import Parts
+from metabatch_cli.engine.run import train
 from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.report.console import Reporter

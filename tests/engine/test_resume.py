@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metabatch_cli.engine.run import Parts
+from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.stop import Interrupted
 from metabatch_cli.engine.trainer import Trainer
 from tests.engine.examples import (

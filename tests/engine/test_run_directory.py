@@ -15,13 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metabatch_cli.config.errors import UserError
-from metabatch_cli.engine.run_directory import (
-    RunDirectory,
-    finite,
-    write_atomically,
-    write_json,
-    write_text,
-)
+from metabatch_cli.engine.run_directory import RunDirectory
+from metabatch_cli.report.files import finite, write_atomically, write_json, write_text
 
 LOCKED = """
     import sys

@@ -1,0 +1,180 @@
+"""Everything that a configuration declares, built in the order in which it is needed."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.task import slice_tasks
+from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from metabatch_cli.config import build
+from metabatch_cli.config.errors import ConfigError
+from metabatch_cli.config.schema import Config
+from metabatch_cli.engine import checkpoint, random_states
+from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
+from metabatch_cli.engine.precision import Precision
+from metabatch_cli.learners.learner import Learner
+from metabatch_cli.report.console import clock
+
+
+@dataclass
+class Parts:
+    """Everything that a configuration declares, built in the order in which it is needed."""
+
+    config: Config
+    begun: bool = False
+    """Whether there is a checkpoint to go on from, so that `init_from` is no longer needed."""
+
+    def build(self) -> None:
+        """Build all that training needs, so that what cannot be built says so before it begins."""
+        torch.set_num_threads(int(self.config.trainer.threads))
+        self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
+        self.evaluation_loaders("val")
+        self.evaluation_loaders("test")
+        self.try_out()
+        if self.config.trainer.monitor is not None:
+            self.check_monitor()
+        size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
+        if size % parts:
+            raise ConfigError(
+                "trainer.accumulate",
+                f"does not divide loader.batch_size={size}",
+                value=parts,
+                allowed=", ".join(str(k) for k in range(1, size + 1) if size % k == 0),
+            )
+
+    def try_out(self) -> None:
+        """Let the learner look at two tasks: what does not fit together says so before a run."""
+        tasks = slice_tasks(self.precision.prepare(self.loader.batch_at(0)), 0, 2)
+        learner = deepcopy(self.learner).eval()  # which may count, or keep running statistics
+        try:
+            with random_states.preserved(), torch.no_grad(), self.precision.autocast():
+                learner(tasks)
+                scores = learner.score(tasks)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            model = self.config.model["_target_"].rpartition(".")[2]
+            raise ConfigError(
+                "learner",
+                f"{type(learner).__name__} around {model} cannot learn from these tasks: "
+                f"{type(error).__name__}: {error}",
+            ) from error
+        if learner.metric.name not in scores:
+            raise ConfigError(
+                "learner",
+                f"its metric {learner.metric.name!r} is not among its scores",
+                allowed=scores,
+                wrong_name=learner.metric.name,
+            )
+
+    def check_monitor(self) -> None:
+        """Raise ConfigError now, not at the first validation, if nothing has that name."""
+        loaders = self.evaluation_loaders("val")
+        evaluation = evaluate(self.learner, loaders, self.precision, split="val", n_tasks=1)
+        metric = monitored(self.learner.metric, self.config.trainer.monitor)
+        if evaluation.find("val", metric.name) is None:
+            raise ConfigError(
+                "trainer.monitor",
+                "there is no such validation metric",
+                value=metric.name,
+                allowed=[name.removeprefix("val/") for name in evaluation.metrics],
+                wrong_name=metric.name,
+            )
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the learner lives."""
+        return torch.device(self.config.loader.device)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What it computes in."""
+        return Precision(self.config.trainer.precision, self.device)
+
+    @cached_property
+    def taskset(self) -> TaskSet:
+        """Training tasks."""
+        return build.build_taskset(self.config, "train")
+
+    @cached_property
+    def loader(self) -> TaskLoader:
+        """Batches of them."""
+        return build.build_loader(self.config, self.taskset)
+
+    @cached_property
+    def spec(self) -> TaskSpec:
+        """Shapes and kinds, from the task set or from its first batch."""
+        first = self.loader.batch_at(0) if self.taskset.spec is None else None
+        return build.spec_of(self.taskset, first)
+
+    @cached_property
+    def learner(self) -> Learner:
+        """The learner, initialised by the seed or from another run."""
+        spec = self.spec
+        random_states.seed_everything(self.config.seed)
+        learner = build.build_learner(self.config, spec)
+        if self.config.trainer.init_from is not None and not self.begun:
+            checkpoint.load_weights(learner, self.config.trainer.init_from)
+        return self.precision.convert(learner)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Over the learner's parameters."""
+        return build.build_optimizer(self.config, self.learner)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """Of the learning rate, or None."""
+        return build.build_scheduler(self.config, self.optimizer)
+
+    def evaluation_loaders(self, split: Split) -> dict[str, TaskLoader]:
+        """Held-out tasks by the names of their sets."""
+        if split not in self._evaluation:
+            self._evaluation[split] = build.build_evaluation_loaders(self.config, split)
+        return self._evaluation[split]
+
+    def score(self) -> Evaluation:
+        """The learner's scores on the test tasks."""
+        return evaluate(
+            self.learner,
+            self.evaluation_loaders("test"),
+            self.precision,
+            split="test",
+            n_tasks=self.config.evaluation.tasks,
+        )
+
+    @cached_property
+    def _evaluation(self) -> dict[str, dict[str, TaskLoader]]:
+        return {}
+
+
+def describe(parts: Parts) -> list[tuple[str, str]]:
+    """What a configuration amounts to, a row for each part."""
+    config, plan = parts.config, parts.loader.plan
+    kind = type(parts.taskset).__name__
+    dataset = getattr(parts.taskset, "dataset", None)
+    drawn_from = f" of {type(dataset).__name__}" if dataset is not None else ""
+    count = "endless" if plan.n_tasks is None else f"{plan.n_tasks:,} tasks"
+    parameters = sum(parameter.numel() for parameter in parts.learner.parameters())
+    model = config.model["_target_"].rpartition(".")[2]
+    optimizer = type(parts.optimizer).__name__
+    schedule = type(parts.scheduler).__name__ if parts.scheduler else "constant rate"
+    workers = parts.loader.num_workers
+    made = f"{workers} worker{'s' * (workers > 1)}" if workers else "created in this process"
+    trainer = config.trainer
+    limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
+    return [
+        ("task set", f"{kind}{drawn_from}, {count}"),
+        ("sizes", plan.law.describe()),
+        ("loader", f"{plan.batch_size} tasks a batch, {made}"),
+        ("model", f"{model}, {parameters:,} parameters"),
+        ("learner", type(parts.learner).__name__),
+        ("optimizer", f"{optimizer}, lr {config.optimizer.get('lr', 'default')}, {schedule}"),
+        ("trainer", f"{trainer.max_steps:,} steps{limit}, precision {trainer.precision}"),
+        ("device", f"{parts.device}, {trainer.threads} threads"),
+        ("seed", str(config.seed)),
+    ]
