@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,7 @@ def test_sizes_that_just_fit_are_accepted(changes) -> None:
 
 
 def test_a_law_of_ones_own_that_goes_too_far_is_refused_when_it_does() -> None:
+    @dataclass(frozen=True)
     class Sometimes(SizeLaw):
         def draw(self, words) -> Mapping[str, int]:
             return {"n_context": 1, "n_target": 70 if words[0] % 2**64 not in (0, 2**64 - 1) else 1}
