@@ -55,8 +55,10 @@ class RunDirectory:
             near = nearest(run.path.name, beside)
             hint = f"\n  did you mean {parent / near}?" if near else ""
             raise UserError(f"{key}={path}: there is no such directory{hint}")
-        below = sorted(file.parent for file in run.path.glob("*/**/config.yaml"))[:5]
-        hint = "".join(f"\n  a run in it: {directory}" for directory in below)
+        # a few levels, as sweeps and dated folders have: not a walk through somebody's disk
+        below = (f for depth in range(1, 4) for f in run.path.glob("*/" * depth + "result.json"))
+        runs = [file.parent for file in below if (file.parent / "config.yaml").is_file()]
+        hint = "".join(f"\n  a run in it: {directory}" for directory in sorted(runs)[-3:])
         raise UserError(f"{key}={path}: is no run: it holds no config.yaml{hint}")
 
     @property
