@@ -90,8 +90,8 @@ class Metabatch(SizeLaw):
         elif self.eval and self.predict_full_target_during_eval:
             target = f"{self.total_tgt_pts} − n_context"
         else:
-            target = f"n_context … {self.max_tgt_pts}"
-        return f"context {self.min_pts} … {self.max_ctx_pts}, target {target}"
+            target = f"from n_context to {self.max_tgt_pts}"
+        return f"context {self.min_pts} to {self.max_ctx_pts} points, target {target}"
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Rest(SizeLaw):
 
     def describe(self) -> str:
         return (
-            f"context {self.min_pts} … {self.max_ctx_pts}, "
-            f"target {self.min_tgt_pts} … {self.total_tgt_pts} − n_context"
+            f"context {self.min_pts} to {self.max_ctx_pts} points, "
+            f"target {self.min_tgt_pts} to {self.total_tgt_pts} − n_context"
         )
 
 
@@ -160,7 +160,7 @@ class Fixed(SizeLaw):
         return {"n_context": self.max_ctx_pts, "n_target": self.max_tgt_pts}
 
     def describe(self) -> str:
-        return f"context {self.max_ctx_pts}, target {self.max_tgt_pts}"
+        return f"context {self.max_ctx_pts} points, target {self.max_tgt_pts}"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def job(config: DictConfig) -> None:
     from metabatch_cli.config.check import check
     from metabatch_cli.config.errors import UserError
     from metabatch_cli.engine.parts import Parts, describe
-    from metabatch_cli.report.console import Reporter
+    from metabatch_cli.report.console import Reporter, clock
 
     reporter = Reporter()
     parts = Parts(check(choices.resolve(config)))
@@ -80,12 +80,14 @@ def job(config: DictConfig) -> None:
             split=split,
             n_tasks=parts.config.evaluation.batch_size,
         )
-    size = parts.config.loader.batch_size
+    size, total = parts.config.loader.batch_size, parts.config.trainer.max_steps
+    speed = min(rate, steps) if loader.num_workers else 1 / (1 / rate + 1 / steps)
     rows = [
         ("loss", f"{loss.item():.4g} at the first step"),
         ("creation", f"{rate:,.0f} batches/s, {rate * size:,.0f} tasks/s"),
         ("step", f"{steps:,.0f} steps/s"),
-        ("waiting", f"{_waiting(rate, steps, loader.num_workers):.0%} of the time, estimated"),
+        ("waiting", f"for tasks: {_waiting(rate, steps, loader.num_workers):.0%} of a step"),
+        ("training", f"about {clock(total / speed)} for {total:,} steps, without validation"),
         ("evaluation", f"val and test scored, {parts.config.evaluation.batch_size} tasks each"),
     ]
     if without:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+from itertools import pairwise
 from pathlib import Path
 
 from metabatch_cli.config.compose import config_dir
@@ -21,6 +23,8 @@ GROUPS = (
     "launcher",
     "debug",
 )
+
+SECTIONS = {"loader": "LoaderConfig", "trainer": "TrainerConfig", "evaluation": "EvaluationConfig"}
 
 
 def main(words: list[str]) -> None:
@@ -55,6 +59,25 @@ def main(words: list[str]) -> None:
             print(f"  {name:{width}}  {text}")
         if group != groups[-1]:
             print()
+    if options.group in SECTIONS:
+        print(f"\nkeys  ({options.group}.KEY=VALUE)")
+        keys = describe_keys(SECTIONS[options.group])
+        width = max(map(len, keys))
+        for key, text in keys.items():
+            print(f"  {key:{width}}  {text}")
+
+
+def describe_keys(section: str) -> dict[str, str]:
+    """The fields of a section of the schema and their docstrings, read without importing it."""
+    source = (Path(__file__).parents[1] / "config" / "schema.py").read_text()
+    kind = next(node for node in ast.parse(source).body if getattr(node, "name", "") == section)
+    assert isinstance(kind, ast.ClassDef)
+    keys = {}
+    for field, doc in pairwise(kind.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            keys[field.target.id] = str(ast.literal_eval(doc.value))
+    return keys
 
 
 def describe(folder: Path) -> list[tuple[str, str]]:

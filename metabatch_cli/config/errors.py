@@ -160,6 +160,9 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
         above = key.rpartition(".")[0]
         parent = OmegaConf.select(composed, above) if above else composed
         names = [str(name) for name in parent] if parent is not None else []
+        deeper = [f"{part}.{key}" for part in composed if key in (composed[part] or {})]
+        if deeper and not above:
+            return f"{key}: there is no such key\n  did you mean {deeper[0]!r}?"
     except Exception:
         names = []
     wrong = key.rpartition(".")[2]

@@ -51,6 +51,14 @@ class Parts:
     def try_out(self) -> None:
         """Let the learner look at two tasks: what does not fit together says so before a run."""
         tasks = slice_tasks(self.precision.prepare(self.loader.batch_at(0)), 0, 2)
+        for part in ("context", "target"):
+            points = [getattr(tasks, f"{part}_{of}").shape[1] for of in "xy"]
+            if points[0] != points[1]:
+                raise ConfigError(
+                    "taskset",
+                    f"{type(self.taskset).__name__} makes tasks of {points[0]} points in {part}_x "
+                    f"and {points[1]} in {part}_y",
+                )
         learner = deepcopy(self.learner).eval()  # which may count, or keep running statistics
         try:
             with random_states.preserved(), torch.no_grad(), self.precision.autocast():

@@ -143,7 +143,7 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         monitor={"metric": f"val/{trainer.metric.name}", "best": trainer.best},
     )
     trainer.reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)
-    trainer.reporter.say(f"completed in {clock(trainer.seconds)}: {run.path}")
+    trainer.reporter.say(f"completed, {clock(trainer.seconds)} of training: {run.path}")
     return result
 
 
@@ -223,7 +223,10 @@ def load_run(
         with random_states.preserved():
             parts.learner.load_state_dict(state["learner"])
     except RuntimeError as error:
-        raise UserError(f"{files[0]}: does not fit the model: {error}") from error
+        raise UserError(
+            f"{files[0]}: does not fit the model that the configuration describes (model and "
+            f"learner are the run's own): {str(error).splitlines()[-1].strip()}"
+        ) from error
     return Run(run, parts.config, parts.learner.eval(), parts, int(state["step"]))
 
 

@@ -105,6 +105,8 @@ class Reporter:
         """A validation is done; stands beside the loss until the next one."""
         shown = "–" if score is None else f"{score:.4g}"
         self._validation = f"val {metric} {shown}{' (best)' if best else ''}"
+        if self._bar is not None:  # lines above the bar; elsewhere the next line has it
+            self.console.print(f"step {step:,}  {self._validation}", markup=False)
         log.info("step %d: %s", step, self._validation)
 
     def result(self, title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
