@@ -160,9 +160,8 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
         above = key.rpartition(".")[0]
         parent = OmegaConf.select(composed, above) if above else composed
         names = [str(name) for name in parent] if parent is not None else []
-        deeper = [f"{part}.{key}" for part in composed if key in (composed[part] or {})]
-        if deeper and not above:
-            return f"{key}: there is no such key\n  did you mean {deeper[0]!r}?"
+        if not above and (deeper := _deeper(OmegaConf.to_container(composed), key)):
+            return f"{key}: there is no such key\n  did you mean {deeper!r}?"
     except Exception:
         names = []
     wrong = key.rpartition(".")[2]
@@ -170,6 +169,12 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
         word = next((w for w in words if w.startswith(f"{key}=")), f"{key}=…")
         return f"{key}: is not set yet\n  did you mean '+{word}'?"
     return str(ConfigError(key, "there is no such key", allowed=names or None, wrong_name=wrong))
+
+
+def _deeper(tree: Any, key: str) -> str | None:
+    """Where a key of that name is in a section."""
+    sections = (name for name, part in tree.items() if isinstance(part, dict) and key in part)
+    return next((f"{name}.{key}" for name in sections), None)
 
 
 def _last_frame(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -29,10 +28,6 @@ class CNP(nn.Module):
         activation: between the layers.
         min_sigma: the smallest σ: `σ = min_sigma + (1 − min_sigma) · softplus(·)`, where the
             paper's code has 0.1. It caps the log-likelihood at `−log(min_sigma · √(2π))`.
-        octaves: sines and cosines of π·x, 2π·x, 4π·x, … added to each x, so many frequencies of
-            them: details that a network of x alone is slow to learn (Tancik et al. 2020, "Fourier
-            Features Let Networks Learn High Frequency Functions", arXiv:2006.10739). For x of
-            about [−1, 1].
     """
 
     def __init__(
@@ -44,11 +39,8 @@ class CNP(nn.Module):
         decoder_depth: Annotated[int, Ge(1)] = 4,
         activation: Activation = "relu",
         min_sigma: Annotated[float, Gt(0), Le(1)] = 0.1,
-        octaves: Annotated[int, Ge(0)] = 0,
     ) -> None:
         super().__init__()
-        self.octaves = octaves
-        dim_x *= 1 + 2 * octaves
         self.width = width
         self.min_sigma = min_sigma
         self.encoder = layers([dim_x + dim_y, *[width] * encoder_depth], activation)
@@ -68,7 +60,6 @@ class CNP(nn.Module):
             Normal, batch `[tasks, n_target]`, event `[dim_y]`.
         """
         n_tasks, n_target, _ = target_x.shape
-        context_x, target_x = self._with_waves(context_x), self._with_waves(target_x)
         if context_x.shape[1]:
             code = self.encoder(torch.cat([context_x, context_y], dim=-1)).mean(dim=1)
         else:
@@ -80,11 +71,3 @@ class CNP(nn.Module):
         sigma = self.min_sigma + (1 - self.min_sigma) * F.softplus(raw_sigma)
         # unchecked: a mean that is no number shall reach the loss, where the loop explains it
         return Independent(Normal(mean, sigma, validate_args=False), 1, validate_args=False)
-
-    def _with_waves(self, x: Tensor) -> Tensor:
-        """`[…, dim_x]` → `[…, dim_x · (1 + 2 · octaves)]`."""
-        if not self.octaves:
-            return x
-        frequencies = math.pi * 2.0 ** torch.arange(self.octaves, dtype=x.dtype, device=x.device)
-        angles = (x[..., None] * frequencies).flatten(-2)
-        return torch.cat([x, angles.sin(), angles.cos()], dim=-1)
