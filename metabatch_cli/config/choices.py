@@ -35,7 +35,8 @@ def resolve(
     for key in PATHS:
         path = OmegaConf.select(config, key)
         if isinstance(path, str):  # resumed or scored from another directory, it is the same file
-            OmegaConf.update(config, key, os.path.abspath(path))
+            # no shell expands the tilde of a path in YAML
+            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(path)))
     device = OmegaConf.select(config, "loader.device")
     if device is not None:
         try:

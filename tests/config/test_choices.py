@@ -60,6 +60,7 @@ def test_threads_are_the_cores_that_this_process_may_use():
         ("loader.device=cpu", "loader.device", "cpu"),
         ("loader.pin_memory=true", "loader.pin_memory", True),
         ("data_dir=somewhere", "data_dir", os.path.abspath("somewhere")),
+        ("data_dir='~/somewhere'", "data_dir", os.path.expanduser("~/somewhere")),
     ],
 )
 def test_what_is_typed_is_not_chosen(override, key, value):
