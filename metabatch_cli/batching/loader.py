@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from metabatch_cli.batching.task import to_device
 from metabatch_cli.batching.taskset import TaskSet, n_tasks
 
 STATE_VERSION = 1
+_HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 _FOREVER = 2**62  # steps
 _CLOSE_WITHIN = 10.0  # seconds that closing waits for a killed worker
 _SIGTERM_GRACE = 20.0  # seconds that a worker outlives a SIGTERM, for the main process to finish
@@ -194,7 +196,8 @@ class TaskLoader:
         loads = self._loads
         pipe = self._open(_Specs(self.plan, steps))
         opened = self._opened
-        self._open_workers[:] = [batches := iter(pipe)]
+        with _signals_held_back():  # workers inherit this until they have handlers of their own
+            self._open_workers[:] = [batches := iter(pipe)]
         for number, step in enumerate(steps):
             if loads != self._loads or (self.persistent_workers and opened != self._opened):
                 raise RuntimeError(
@@ -324,8 +327,18 @@ class _WorkerStart:
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _die_later)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
         if self.then is not None:
             self.then(worker_id)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop_workers(iterators: list[Any]) -> None:

@@ -263,7 +263,7 @@ def test_a_signal_ends_a_training_with_its_step_saved(tmp_path, signum, workers,
         metrics = directory / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process, tmp_path)
         (os.killpg if to == "its group" else os.kill)(process.pid, signum)
-        assert process.wait(60) == 128 + signum
+        assert process.wait(60) == 128 + signum, (tmp_path / "said").read_text()
     finally:
         process.kill()
     said = (tmp_path / "said").read_text()
