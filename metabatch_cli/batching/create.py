@@ -14,6 +14,7 @@ from torch.utils.data import default_collate, get_worker_info
 
 from metabatch_cli.batching.plan import BatchSpec
 from metabatch_cli.batching.streams import (
+    GeneratorStates,
     Stream,
     borrowed_global_generators,
     seed_global_generators,
@@ -43,7 +44,7 @@ class BatchMaker:
         self.taskset = taskset
         self.whole = makes_whole_batches(taskset)
         self.collate = collate or default_collate
-        self._batch_stream = Stream(seed, split, "batch")
+        self._states = GeneratorStates(seed, split, "batch")
         self._task_stream = Stream(seed, split, "task")
 
     def __getitem__(self, spec: BatchSpec) -> Any:
@@ -63,18 +64,17 @@ class BatchMaker:
             raise
 
     def _make_whole(self, spec: BatchSpec) -> Any:
-        generator = torch.Generator()
-        indices = torch.tensor(spec.indices)  # a copy: a task set may write into what it gets
         n_context, n_target, more = _split(spec.sizes)
         parts = []
-        for start in range(0, len(indices), spec.shard_size):
+        for start in range(0, len(spec.indices), spec.shard_size):
             shard = (spec.first + start) // spec.shard_size
-            self._batch_stream.fill(generator, spec.step, shard)
-            part = indices[start : start + spec.shard_size]
+            indices = torch.from_numpy(spec.indices[start : start + spec.shard_size])
+            generator = torch.Generator()
+            generator.set_state(self._states.at(spec.step, shard))
             parts.append(
-                self.taskset.__gettasks__(part, n_context, n_target, **more, generator=generator)
+                self.taskset.__gettasks__(indices, n_context, n_target, **more, generator=generator)
             )
-        return concatenate(parts)
+        return concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _make_each(self, spec: BatchSpec) -> Any:
         tasks = []
@@ -120,16 +120,22 @@ def _leaves(tree: Any) -> list[Any]:
     return found
 
 
+_BY_POSITION = ("n_context", "n_target")
+
+
 def _split(sizes: Mapping[str, int]) -> tuple[int, int, dict[str, int]]:
     """The two sizes that are passed by position, whatever a task set calls them, and the rest."""
-    more = dict(sizes)
-    return more.pop("n_context"), more.pop("n_target"), more
+    more = {} if len(sizes) == 2 else {k: v for k, v in sizes.items() if k not in _BY_POSITION}
+    return sizes["n_context"], sizes["n_target"], more
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run on one thread: sums and factorisations have other bits on two (a worker has one)."""
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield

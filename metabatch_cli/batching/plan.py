@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
-from metabatch_cli.batching.streams import Stream, permutation
+from metabatch_cli.batching.streams import StepStream, Stream, permutation
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchSpec:
+class BatchSpec(NamedTuple):
     """All that a batch, or one rank's part of it, needs in order to be made.
 
     Attributes:
@@ -136,7 +135,7 @@ class Plan:
         self.shard_size = batch_size // shards
         per_rank = batch_size // world_size
         self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        self._sizes = Stream(seed, split, "sizes")
+        self._sizes = StepStream(seed, split, "sizes", width=WORDS)
         self._order = Stream(seed, split, "order")
         self._pass_order = lru_cache(maxsize=4)(self._draw_pass_order)
         self._joined_order = lru_cache(maxsize=4)(self._join_pass_order)
@@ -157,21 +156,21 @@ class Plan:
 
     def sizes(self, step: int) -> dict[str, int]:
         """The sizes at a step: the same on every rank."""
-        return self.law.draw(self._sizes.words(WORDS, step).tolist())
+        return self.law.draw(self._sizes.at(step))
 
     def spec(self, step: int) -> BatchSpec:
         """The batch of a step, as far as this rank makes it."""
         return BatchSpec(
-            step=step,
-            epoch=self.epoch_of(step),
-            sizes=self.sizes(step),
-            indices=self.indices(step)[self._mine],
-            first=self._mine.start,
-            shard_size=self.shard_size,
+            step,
+            self.epoch_of(step),
+            self.sizes(step),
+            self.indices(step)[self._mine],
+            self._mine.start,
+            self.shard_size,
         )
 
     def indices(self, step: int) -> np.ndarray:
-        """The tasks of a step over all ranks, int64 `[tasks]`."""
+        """The tasks of a step over all ranks, int64 `[tasks]`; the caller may write into it."""
         size, total = self.batch_size, self.n_tasks
         if total is None:
             return np.arange(step * size, (step + 1) * size)
@@ -180,7 +179,7 @@ class Plan:
         epoch, batch = divmod(step, self.epoch_length or 1)
         part = slice(batch * size, min((batch + 1) * size, total))
         if self.shuffle:
-            return self._pass_order(epoch)[part]
+            return self._pass_order(epoch)[part].copy()
         return np.arange(part.start, part.stop)
 
     def _draw_pass_order(self, number: int) -> np.ndarray:
@@ -196,7 +195,8 @@ class Plan:
         number, start = divmod(step * self.batch_size, self.n_tasks)
         head = self._joined_order(number)[start : start + self.batch_size]
         missing = self.batch_size - len(head)
-        return np.concatenate([head, self._joined_order(number + 1)[:missing]]) if missing else head
+        tail = self._joined_order(number + 1)[:missing] if missing else head[:0]
+        return np.concatenate([head, tail])
 
     def _join_pass_order(self, number: int) -> np.ndarray:
         assert self.n_tasks is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 
 # Raised whenever the same seed would no longer give the same tasks: a run that was trained
 # under another law must not be resumed under this one.
-STREAM_VERSION = 1
+STREAM_VERSION = 2
 
-_MT_WORDS = 624  # 32-bit words in the state of a Mersenne Twister, torch's CPU generator
-_MT_OFFSET = 24  # where they begin in the bytes of `torch.Generator.get_state()`
-_MT_BYTES = 5056
+_TWISTER_WORDS = 312  # 64-bit words in a Mersenne Twister, torch's CPU generator
+_TWISTER_OFFSET = 24  # where they begin in the bytes of `torch.Generator.get_state()`
+_TWISTER_BYTES = 5056
+_AHEAD = 64  # steps that a StepStream makes at once: the states of generators fill 320 KB then
 
 
 class Stream:
@@ -41,33 +42,25 @@ class Stream:
         self._philox = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
         self._state: Any = self._philox.state
         self._counter = self._state["state"]["counter"]
-        self._scratch = torch.Generator().get_state()
-        if len(self._scratch) != _MT_BYTES:
-            raise RuntimeError(
-                f"the state of a CPU torch.Generator has {len(self._scratch)} bytes, not "
-                f"{_MT_BYTES}: torch {torch.__version__} changed its layout"
-            )
-        mt_state = self._scratch.numpy()[_MT_OFFSET : _MT_OFFSET + 8 * _MT_WORDS]
-        self._mt_words = mt_state.view(np.uint64)
 
-    def words(self, count: int, major: int, minor: int = 0) -> np.ndarray:
+    def words(self, count: int, major: int, minor: int = 0, skip: int = 0) -> np.ndarray:
         """The first `count` random 64-bit words of the stream at (major, minor), as uint64.
 
         Raw words are the same on every machine and under every version of numpy.
+
+        Args:
+            skip: words before the first one, a multiple of four.
         """
+        self._counter[0] = skip // 4
         self._counter[2] = minor
         self._counter[3] = major
         self._philox.state = self._state
         return self._philox.random_raw(count)
 
     def fill(self, generator: torch.Generator, major: int, minor: int = 0) -> None:
-        """Put a CPU generator at the start of the stream at (major, minor).
-
-        All 19,968 bits of its state come from the stream: seeding it by number would use only
-        32 of them, and tasks would repeat themselves after some ten thousands.
-        """
-        self._mt_words[:] = self.words(_MT_WORDS // 2, major, minor).view(np.uint32)
-        generator.set_state(self._scratch)
+        """Put a CPU generator at the start of the stream at (major, minor)."""
+        words = self.words(_TWISTER_WORDS, major, minor)
+        generator.set_state(twister_states(words[None])[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._state["state"]["key"].tobytes(),)
@@ -77,6 +70,74 @@ def _restore(key: bytes) -> Stream:
     stream = Stream(0)
     stream._state["state"]["key"] = np.frombuffer(key, dtype=np.uint64)
     return stream
+
+
+class StepStream:
+    """A stream for each step and lane, `width` words long, made many steps at a time.
+
+    Whoever reads one step after the other pays for a call of Philox every `_AHEAD` steps;
+    whoever asks for a single step anywhere gets that one alone, and the same words.
+
+    Args:
+        seed, name: as in `Stream`.
+        width: words of a step, a multiple of four.
+    """
+
+    def __init__(self, seed: int, *name: str, width: int) -> None:
+        self.width = width
+        self._stream = Stream(seed, *name)
+        self._made: dict[int, tuple[int, Sequence[Any]]] = {}  # lane: (first step, of each step)
+
+    def at(self, step: int, lane: int = 0) -> Any:
+        """The `width` random 64-bit words of a step, as a list of integers."""
+        first, made = self._made.get(lane, (-1, ()))
+        if not 0 <= step - first < len(made):
+            count = _AHEAD if step == first + len(made) else 1
+            drawn = self._stream.words(count * self.width, 0, lane, skip=step * self.width)
+            first, made = self._made[lane] = step, self._prepare(drawn.reshape(count, self.width))
+        return made[step - first]
+
+    def _prepare(self, words: np.ndarray) -> Sequence[Any]:
+        return words.tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_made": {}}
+
+
+class GeneratorStates(StepStream):
+    """States of a CPU `torch.Generator`, one for each step and lane.
+
+    All 19,968 bits of a state come from the stream: seeding by number would use only 32 of them,
+    and tasks would repeat themselves after some ten thousands.
+
+    Args:
+        seed, name: as in `Stream`.
+    """
+
+    def __init__(self, seed: int, *name: str) -> None:
+        super().__init__(seed, *name, width=_TWISTER_WORDS)
+
+    def _prepare(self, words: np.ndarray) -> Sequence[torch.Tensor]:
+        return twister_states(words)
+
+
+def twister_states(words: np.ndarray) -> list[torch.Tensor]:
+    """Rows of random words as what `torch.Generator.set_state` takes.
+
+    Args:
+        words: uint64, `[states, 312]`.
+    """
+    state = torch.Generator().get_state().numpy()
+    if len(state) != _TWISTER_BYTES:
+        raise RuntimeError(
+            f"the state of a CPU torch.Generator has {len(state)} bytes, not {_TWISTER_BYTES}: "
+            f"torch {torch.__version__} changed its layout"
+        )
+    states = np.tile(state, (len(words), 1))
+    twisters = states[:, _TWISTER_OFFSET : _TWISTER_OFFSET + 16 * _TWISTER_WORDS]
+    twisters.view(np.uint64)[:] = words.view(np.uint32)  # a 32-bit word in each 64 bits
+    # each a tensor of its own: set_state reads a view with an offset at the wrong place (2.13)
+    return [torch.from_numpy(row) for row in states]
 
 
 def permutation(words: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metabatch_cli.batching.streams import (
+    GeneratorStates,
+    StepStream,
     Stream,
     borrowed_global_generators,
     integer,
@@ -115,6 +117,51 @@ def test_a_stream_survives_pickling(seed, major, minor):
     stream.fill(one, major, minor)
     copy.fill(other, major, minor)
     assert torch.equal(one.get_state(), other.get_state())
+
+
+# --- a stream for each step ----------------------------------------------------------------------
+
+
+@given(seeds, st.lists(st.tuples(st.integers(0, 300), st.integers(0, 2)), max_size=20))
+def test_the_words_of_a_step_do_not_depend_on_what_was_asked_before(seed, asked):
+    stream = Stream(seed, "a")
+    steps = StepStream(seed, "a", width=8)
+    for start, lane in asked:
+        for step in range(start, start + 3):  # reading on makes many steps at once
+            expected = stream.words(8 * (step + 1), 0, lane)[8 * step :]
+            assert steps.at(step, lane) == expected.tolist()
+
+
+@given(seeds, st.integers(0, 2**50), st.integers(0, 3))
+def test_a_generators_state_is_that_of_its_step_and_lane(seed, step, lane):
+    words = Stream(seed, "a").words(312, 0, lane, skip=312 * step)
+    expected = np.random.MT19937()
+    expected.state = {
+        **expected.state,
+        "state": {"key": words.view(np.uint32), "pos": 624},
+    }
+    states, generator = GeneratorStates(seed, "a"), torch.Generator()
+    for _ in range(3):  # alone, then the first of many, then of those
+        generator.set_state(states.at(step, lane))
+        drawn = torch.randint(2**16, (5,), generator=generator)
+        raw = np.random.MT19937()
+        raw.state = expected.state
+        assert drawn.tolist() == [int(word) & (2**16 - 1) for word in raw.random_raw(5)]
+        step += 1
+        words = Stream(seed, "a").words(312, 0, lane, skip=312 * step)
+        expected.state = {
+            **expected.state,
+            "state": {"key": words.view(np.uint32), "pos": 624},
+        }
+
+
+def test_a_stream_of_steps_survives_pickling_without_what_it_has_made():
+    steps = GeneratorStates(3, "a")
+    expected = [steps.at(step).clone() for step in range(5)]
+    sent = pickle.dumps(steps)
+    assert len(sent) < 2000
+    copy = pickle.loads(sent)
+    assert all(torch.equal(copy.at(step), state) for step, state in enumerate(expected))
 
 
 # --- generators --------------------------------------------------------------------------------
