@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from metabatch_cli.batching.plan import BatchSpec
 from metabatch_cli.batching.streams import (
@@ -19,14 +15,12 @@ from metabatch_cli.batching.streams import (
     borrowed_global_generators,
     seed_global_generators,
 )
-from metabatch_cli.batching.task import Task, concatenate, tree_map
+from metabatch_cli.batching.task import concatenate
 from metabatch_cli.batching.taskset import TaskSet, makes_whole_batches
 
 
 class BatchMaker:
     """Makes the batch of a spec; the only place where a task set's code runs.
-
-    Indexing with a spec makes it a map-style dataset for torch's `DataLoader`.
 
     Args:
         taskset: whose tasks.
@@ -48,20 +42,21 @@ class BatchMaker:
         self._task_stream = Stream(seed, split, "task")
 
     def __getitem__(self, spec: BatchSpec) -> Any:
-        make = self._make_whole if self.whole else self._make_each
+        threads = torch.get_num_threads()
+        if threads > 1:  # sums and factorisations have other bits on two (a worker has one)
+            torch.set_num_threads(1)
         try:
-            with one_thread():
-                batch = make(spec)
-            if get_worker_info() is not None:
-                check_sendable(batch)
-            return batch
+            return self._make_whole(spec) if self.whole else self._make_each(spec)
         except Exception as error:
-            note = f"while creating {spec} of {type(self.taskset).__name__}"
-            if get_worker_info() is not None and "<locals>" in type(error).__qualname__:
-                # a class that only exists inside a function cannot be sent either
-                raise RuntimeError(f"{type(error).__name__}: {error}\n{note}") from error
-            error.add_note(note)
+            error.add_note(self.note(spec))
             raise
+        finally:
+            if threads > 1:
+                torch.set_num_threads(threads)
+
+    def note(self, spec: BatchSpec) -> str:
+        """What to say about an error at a spec."""
+        return f"while creating {spec} of {type(self.taskset).__name__}"
 
     def _make_whole(self, spec: BatchSpec) -> Any:
         n_context, n_target, more = _split(spec.sizes)
@@ -86,40 +81,6 @@ class BatchMaker:
         return self.collate(tasks)
 
 
-def check_sendable(batch: Any) -> None:
-    """Raise TypeError here for what cannot be sent: torch's queue would drop it and wait."""
-    if _surely_sendable(batch):
-        return
-    try:
-        pickle.dumps(batch)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _leaves(batch)):
-            raise TypeError("it holds a tensor with a graph: detach it")
-    except Exception as error:
-        raise TypeError(
-            f"a worker cannot send this {type(batch).__name__} to the main process: {error}"
-        ) from None
-
-
-def _surely_sendable(tree: Any) -> bool:
-    """Whether it is built of what always travels; anything else is tried out."""
-    kind = type(tree)
-    if kind is dict:
-        return all(_surely_sendable(part) for part in tree.values())
-    if kind in (tuple, list, Task):
-        return all(_surely_sendable(part) for part in tree)
-    if kind is Tensor:
-        return not tree.requires_grad
-    if kind is np.ndarray:
-        return tree.dtype != object
-    return kind in (int, float, bool, str, bytes, type(None))
-
-
-def _leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    tree_map(found.append, tree)
-    return found
-
-
 _BY_POSITION = ("n_context", "n_target")
 
 
@@ -127,17 +88,3 @@ def _split(sizes: Mapping[str, int]) -> tuple[int, int, dict[str, int]]:
     """The two sizes that are passed by position, whatever a task set calls them, and the rest."""
     more = {} if len(sizes) == 2 else {k: v for k, v in sizes.items() if k not in _BY_POSITION}
     return sizes["n_context"], sizes["n_target"], more
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one thread: sums and factorisations have other bits on two (a worker has one)."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

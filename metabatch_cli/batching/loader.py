@@ -5,28 +5,21 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.util import Finalize
-from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
 
 from metabatch_cli.batching.create import BatchMaker
-from metabatch_cli.batching.plan import BatchSpec, Plan
+from metabatch_cli.batching.landing import Landing
+from metabatch_cli.batching.plan import Plan
 from metabatch_cli.batching.streams import STREAM_VERSION
-from metabatch_cli.batching.task import to_device
 from metabatch_cli.batching.taskset import TaskSet, n_tasks
+from metabatch_cli.batching.transport import Transport
 
 STATE_VERSION = 1
-_HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 _FOREVER = 2**62  # steps
-_CLOSE_WITHIN = 10.0  # seconds that closing waits for a killed worker
-_SIGTERM_GRACE = 20.0  # seconds that a worker outlives a SIGTERM, for the main process to finish
 
 
 class StateMismatch(ValueError):
@@ -151,11 +144,11 @@ class TaskLoader:
         self._step = 0  # batches that were handed out, over all epochs
         self._mid_epoch = False  # whether a batch was handed out since the state was set
         self._loads = 0  # how often it was set, or the loader closed: older iterators are stale
-        self._opened = 0  # how often the pipe was opened, which persistent workers share
-        self._pipe: DataLoader | None = None
-        self._open_workers: list[Any] = []  # torch's iterator over it, which owns the workers
+        self._opened = 0  # how often workers were given to an iterator
+        self._landing = Landing(self.device, pin_memory)
+        self._open_transports: list[Transport] = []  # none or one
         # also at garbage collection, and at exit before multiprocessing ends daemons its own way
-        self._finalizer = Finalize(self, _stop_workers, (self._open_workers,), exitpriority=10)
+        self._finalizer = Finalize(self, _close_all, (self._open_transports,), exitpriority=10)
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -189,58 +182,54 @@ class TaskLoader:
         Args:
             step: counted from 0 over all epochs.
         """
-        batch = self._maker[self.plan.spec(_at_least("step", step, 0))]
-        return batch if self.device is None else to_device(batch, self.device)
+        return self._landing.finish(self._maker[self.plan.spec(_at_least("step", step, 0))])
 
     def _read(self, steps: range) -> Iterator[Any]:
         loads = self._loads
-        pipe = self._open(_Specs(self.plan, steps))
+        transport = self._open(steps) if self.num_workers else None
         opened = self._opened
-        with _signals_held_back():  # workers inherit this until they have handlers of their own
-            self._open_workers[:] = [batches := iter(pipe)]
-        for number, step in enumerate(steps):
-            if loads != self._loads or (self.persistent_workers and opened != self._opened):
-                raise RuntimeError(
-                    "this iterator is no longer valid: the loader was closed, was given another "
-                    "state, or its persistent workers serve a newer iterator"
-                )
-            try:
+        batches = self._create(steps) if transport is None else transport.read(steps)
+        try:
+            for step in steps:
+                if loads != self._loads or (transport is not None and opened != self._opened):
+                    raise RuntimeError(
+                        "this iterator is no longer valid: the loader was closed, was given "
+                        "another state, or its workers serve a newer iterator"
+                    )
                 batch = next(batches)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                raise RuntimeError(
-                    f"no batch within timeout={self.timeout:g} s from worker "
-                    f"{number % self.num_workers}, which creates {self.plan.spec(step)}"
-                ) from error
-            if self.device is not None:
-                batch = to_device(batch, self.device)
-            self._step = step + 1
-            self._mid_epoch = True
-            yield batch
-        next(batches, None)  # so that torch sees the end, and its workers end too
+                self._step = step + 1
+                self._mid_epoch = True
+                yield batch
+        finally:
+            if transport is not None and opened == self._opened and not self.persistent_workers:
+                self._stop_workers()
 
-    def _open(self, specs: _Specs) -> DataLoader:
+    def _create(self, steps: range) -> Iterator[Any]:
+        """The batches of some steps, made here."""
+        spec, maker, finish = self.plan.spec, self._maker, self._landing.finish
+        if not self._landing.moves:
+            for step in steps:
+                yield maker[spec(step)]
+        for step in steps:
+            yield finish(maker[spec(step)])
+
+    def _open(self, steps: range) -> Transport:
         self._opened += 1
-        if self._pipe is not None and self.persistent_workers:
-            self._pipe.sampler.steps = specs.steps  # type: ignore[attr-defined]
-            return self._pipe
-        parallel = self.num_workers > 0
-        self._pipe = DataLoader(
-            self._maker,  # type: ignore[arg-type]  # a spec is its index
-            batch_size=None,
-            sampler=specs,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=self.pin_memory,
-            timeout=self.timeout if parallel else 0,
-            worker_init_fn=_WorkerStart(self.worker_init_fn) if parallel else None,
-            multiprocessing_context=self.multiprocessing_context if parallel else None,
-            generator=torch.Generator(),  # otherwise it would draw from the global one
-            prefetch_factor=self.prefetch_factor if parallel else None,
-            persistent_workers=self.persistent_workers and parallel,
+        if self._open_transports and self.persistent_workers:
+            return self._open_transports[0]
+        self._stop_workers()
+        transport = Transport(
+            self._maker,
+            self.plan,
+            min(self.num_workers, len(steps)),
+            ahead=self.prefetch_factor,
+            context=self.multiprocessing_context,
+            first=self.worker_init_fn,
+            timeout=self.timeout,
+            landing=self._landing,
         )
-        return self._pipe
+        self._open_transports.append(transport)
+        return transport
 
     # --- state -----------------------------------------------------------------------------
 
@@ -296,9 +285,11 @@ class TaskLoader:
 
     def close(self) -> None:
         """Stop the workers and free what they shared."""
-        self._pipe = None
         self._loads += 1
-        _stop_workers(self._open_workers)
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
+        _close_all(self._open_transports)
 
     def __enter__(self) -> TaskLoader:
         return self
@@ -307,60 +298,9 @@ class TaskLoader:
         self.close()
 
 
-class _Specs(Sampler[BatchSpec]):
-    """The specs of some steps, as the sampler of a `DataLoader`."""
-
-    def __init__(self, plan: Plan, steps: Any) -> None:
-        self.plan = plan
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[BatchSpec]:
-        return map(self.plan.spec, self.steps)
-
-
-class _WorkerStart:
-    """What a worker does first: leave Ctrl-C and SIGTERM to the main process, then the user's."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _die_later)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
-        if self.then is not None:
-            self.then(worker_id)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stop_workers(iterators: list[Any]) -> None:
-    while iterators:
-        running = iterators.pop()
-        if hasattr(running, "_shutdown_workers"):
-            running._shutdown_workers()
-            for worker in running._workers:  # one that is stuck in a task hears no SIGTERM
-                worker.kill()
-                worker.join(_CLOSE_WITHIN)
-
-
-def _die_later(signum: int, frame: FrameType | None) -> None:
-    # a scheduler sends SIGTERM to the whole process group, while the main process still wants
-    # the batches of the step that it finishes and saves
-    deadline = threading.Timer(_SIGTERM_GRACE, os._exit, (128 + signum,))
-    deadline.daemon = True
-    deadline.start()
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _close_all(transports: list[Transport]) -> None:
+    while transports:
+        transports.pop().close()
 
 
 def _number_of(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,8 +137,19 @@ class Plan:
         self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
         self._sizes = StepStream(seed, split, "sizes", width=WORDS)
         self._order = Stream(seed, split, "order")
+        self._keep_orders()
+
+    def _keep_orders(self) -> None:
         self._pass_order = lru_cache(maxsize=4)(self._draw_pass_order)
         self._joined_order = lru_cache(maxsize=4)(self._join_pass_order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_pass_order", "_joined_order")  # every process keeps its own
+        return {name: value for name, value in vars(self).items() if name not in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._keep_orders()
 
     @property
     def epoch_length(self) -> int | None:

@@ -54,6 +54,15 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
     return tree_map(move, tree)
 
 
+def pin(tree: Any) -> Any:
+    """The tree with its CPU tensors in page-locked memory; what is there already stays."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.pin_memory() if isinstance(leaf, Tensor) and not leaf.is_cuda else leaf
+
+    return tree_map(move, tree)
+
+
 def slice_tasks(tree: Any, start: int, stop: int) -> Any:
     """Tasks `start … stop − 1` of a batch."""
     return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, tree)
@@ -117,7 +126,7 @@ def digest(*batches: Any) -> str:
             sha.update(f"{leaf.dtype}{leaf.shape}".encode())
             sha.update(leaf.tobytes())
         elif isinstance(leaf, Tensor):
-            leaf = leaf.detach().cpu().contiguous()
+            leaf = leaf.detach().cpu().resolve_conj().contiguous()
             sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             sha.update(leaf.flatten().view(torch.uint8).numpy())
         else:

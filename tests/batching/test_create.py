@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metabatch_cli.batching import BatchSpec, Plan, digest, slice_tasks
-from metabatch_cli.batching.create import BatchMaker, one_thread
+from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.task import concatenate
 from tests.batching.examples import (
     KINDS,
@@ -239,9 +239,6 @@ def test_tasks_are_made_on_one_thread_and_the_others_come_back():
     torch.set_num_threads(2)
     try:
         assert maker(taskset)[specs(taskset, 1)[0]].tolist() == [1, 1, 1, 1]
-        assert torch.get_num_threads() == 2
-        with one_thread():
-            assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,437 @@
+"""Transport: batches from worker processes, many a message, in order, whoever dies on the way.
+
+The main process orders runs of steps; a worker makes each run into a segment of shared memory
+and answers with a few bytes. Tensors are used where they lie: a segment is written again only
+when nothing in it is in use any more. How many batches make a message follows from what they
+weigh and how long they take, as measured.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import selectors
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing import forkserver, reduction, resource_tracker
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+
+from metabatch_cli.batching.create import BatchMaker
+from metabatch_cli.batching.landing import Landing
+from metabatch_cli.batching.packing import Incoming
+from metabatch_cli.batching.plan import Plan
+from metabatch_cli.batching.shared import Segment
+from metabatch_cli.batching.worker import Made, Make, Map, Unmap, signals_held_back, work
+
+_MESSAGE_BYTES = 1 << 20  # of tensors: fits a second-level cache
+_MESSAGE_SECONDS = 0.01  # of making: so long the first batch of a run waits for the last
+_MESSAGE_BATCHES = 64
+_DEATHS = 3  # in a row over one and the same step, until that is an error
+_IDLE_CHECK = 1.0  # seconds between two looks at whether all workers live
+_CLOSE_WITHIN = 1.0  # seconds until a worker that does not end is killed
+_KEPT = 2  # segments in use by the reader beyond which batches are copied out
+
+
+class WorkerDied(RuntimeError):
+    """Workers died again and again over the same batch."""
+
+
+class _Run:
+    """Consecutive steps that one message brings.
+
+    Attributes:
+        start, count: which steps.
+        deaths: of workers that were to make it.
+        made: what came of it; None until it has come.
+        segment: the memory lent for it.
+        worker: who makes it.
+        wanted: whether anybody still reads it.
+    """
+
+    def __init__(self, start: int, count: int, deaths: int = 0) -> None:
+        self.start = start
+        self.count = count
+        self.deaths = deaths
+        self.made: Made | None = None
+        self.segment: int | None = None
+        self.worker: _Worker | None = None
+        self.wanted = True
+
+
+class _Worker:
+    """A process, the line to it, and the runs that it is to make, oldest first."""
+
+    def __init__(self, number: int, process: Any, connection: Any) -> None:
+        self.number = number
+        self.process = process
+        self.connection = connection
+        self.runs: deque[_Run] = deque()
+        self.mapped: set[int] = set()
+        self.peak = 0
+
+
+class Transport:
+    """Workers of one loader, and the batches that they send.
+
+    Args:
+        maker, plan: from a step to its batch; sent to the workers once.
+        workers: how many.
+        ahead: messages that each worker is ahead.
+        context: start method of processes, by name, as a context, or None for the default.
+        first: called as `first(worker)` in each worker to begin with.
+        timeout: seconds to wait for a batch; 0 waits for ever.
+        landing: where batches go from shared memory.
+    """
+
+    def __init__(
+        self,
+        maker: BatchMaker,
+        plan: Plan,
+        workers: int,
+        *,
+        ahead: int,
+        context: Any,
+        first: Callable[[int], None] | None,
+        timeout: float,
+        landing: Landing,
+    ) -> None:
+        if context is None or isinstance(context, str):
+            context = multiprocessing.get_context(context)
+        self.maker = maker
+        self.plan = plan
+        self.ahead = ahead
+        self.timeout = timeout
+        self.landing = landing
+        self._context = context
+        self._first = first
+        self._owner = os.getpid()
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+        self._segments: dict[int, Segment] = {}
+        self._free: deque[int] = deque()  # appended to by whoever drops the last tensor
+        self._next_segment = 0
+        self._lent: set[int] = set()  # segments in which the reader still holds something
+        self._shared = True  # whether there is memory to share
+        self._runs: deque[_Run] = deque()  # ordered and not yet read, in the order of their steps
+        self._batch_bytes = 0  # the largest seen
+        self._batch_seconds: float | None = None  # the latest
+        self._run_length = 1
+        self._preflight()
+        try:
+            for number in range(workers):
+                self._workers.append(self._start(number))
+        except BaseException:
+            self.close()
+            raise
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def read(self, steps: range) -> Iterator[Any]:
+        """The batches of consecutive steps. A later call ends what an earlier one gives."""
+        self._forget()
+        runs, unordered = self._runs, steps.start
+        while unordered < steps.stop or runs:
+            while unordered < steps.stop and len(runs) < self.ahead * len(self._workers):
+                run = _Run(unordered, self._choose_length(steps.stop - unordered))
+                unordered += run.count
+                runs.append(run)
+                self._order(run)
+            run = runs[0]
+            made = self._wait_for(run)
+            runs = self._runs  # a death splits runs
+            if runs[0] is not run:
+                continue
+            runs.popleft()
+            memory = self._memory_of(run, made)
+            batches = made.batches
+            del run
+            for packed in batches:
+                yield self.landing.land(packed, memory)
+            if made.failure is not None:
+                error, origin = made.failure
+                error.add_note(origin)
+                raise error
+            del memory, made, batches
+
+    def _choose_length(self, remaining: int) -> int:
+        if self._batch_seconds is None:
+            return 1
+        length = min(
+            _MESSAGE_SECONDS / max(self._batch_seconds, 1e-9),
+            _MESSAGE_BYTES / max(self._batch_bytes, 1),
+            _MESSAGE_BATCHES,
+            2 * self._run_length,
+            -(-remaining // len(self._workers)),
+        )
+        self._run_length = max(1, int(length))
+        return self._run_length
+
+    def _order(self, run: _Run) -> None:
+        worker = min(self._workers, key=lambda worker: len(worker.runs))
+        run.worker = worker
+        run.segment = self._choose_segment(run)
+        worker.runs.append(run)
+        with suppress(OSError):  # it has died: whoever waits for the run will see
+            if run.segment is not None and run.segment not in worker.mapped:
+                segment = self._segments[run.segment]
+                worker.connection.send(Map(run.segment, segment.size))
+                reduction.send_handle(worker.connection, segment.descriptor, worker.process.pid)
+                worker.mapped.add(run.segment)
+            worker.connection.send(Make(range(run.start, run.start + run.count), run.segment))
+
+    def _wait_for(self, run: _Run) -> Made:
+        deadline = time.monotonic() + self.timeout if self.timeout else None
+        while run.made is None:
+            patience = _IDLE_CHECK
+            if deadline is not None:
+                patience = min(patience, deadline - time.monotonic())
+                if patience <= 0:
+                    assert run.worker is not None
+                    raise RuntimeError(
+                        f"no batch within timeout={self.timeout:g} s from worker "
+                        f"{run.worker.number}, which creates {self.plan.spec(run.start)}"
+                    )
+            ready = self._selector.select(patience)
+            for key, _ in ready:
+                self._receive(key.data)
+            if not ready:
+                for worker in list(self._workers):
+                    if not worker.process.is_alive():
+                        self._replace(worker)
+            if run.made is None and run is not self._runs[0]:
+                run = self._runs[0]  # it was split after a death
+        return run.made
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            made: Made = pickle.loads(worker.connection.recv_bytes())
+        except (EOFError, OSError):
+            self._replace(worker)
+            return
+        self._take(worker, made)
+
+    def _take(self, worker: _Worker, made: Made) -> None:
+        run = worker.runs.popleft()
+        run.made, run.worker = made, None
+        worker.peak = made.peak
+        if made.batches:
+            latest = made.seconds / len(made.batches)
+            before = latest if self._batch_seconds is None else self._batch_seconds
+            self._batch_seconds = 0.7 * before + 0.3 * latest
+            self._batch_bytes = max(self._batch_bytes, made.size // len(made.batches))
+        if not run.wanted:
+            self._give_back(run)
+
+    def _forget(self) -> None:
+        """Leave what is on its way to nobody: its segments come back as it arrives."""
+        for run in self._runs:
+            run.wanted = False
+            if run.made is not None:
+                self._give_back(run)
+        self._runs = deque()
+
+    # --- memory ----------------------------------------------------------------------------
+
+    def _choose_segment(self, run: _Run) -> int | None:
+        if not self._batch_bytes or not self._shared:
+            return None  # the first ones tell how large batches are
+        wanted = run.count * (self._batch_bytes + self._batch_bytes // 4)
+        if self._free:
+            number = self._free.popleft()
+            if self._segments[number].size >= wanted:
+                return number
+            self._drop_segment(number)
+        elif len(self._segments) >= self.ahead * len(self._workers) + _KEPT + 1:
+            return None
+        try:
+            segment = Segment(wanted)
+        except OSError:
+            self._shared = False  # then everything goes through pipes: slower, and it works
+            return None
+        number = self._next_segment
+        self._next_segment += 1
+        self._segments[number] = segment
+        return number
+
+    def _drop_segment(self, number: int) -> None:
+        self._segments.pop(number).close()
+        for worker in self._workers:
+            if number in worker.mapped:
+                worker.mapped.discard(number)
+                with suppress(OSError):
+                    worker.connection.send(Unmap(number))
+
+    def _memory_of(self, run: _Run, made: Made) -> Incoming | None:
+        """The memory of a message that is about to be read."""
+        if run.segment is None or not made.used:
+            self._give_back(run)
+            return None
+        segment = self._segments[run.segment]
+        if self.landing.copies or len(self._lent) >= _KEPT:
+            memory = self.landing.copy(segment.array()[: made.used])
+            self._give_back(run)
+            return memory
+        self._lent.add(run.segment)
+        return self.landing.share(
+            segment.lend(partial(_returned, self._lent, self._free, run.segment))
+        )
+
+    def _give_back(self, run: _Run) -> None:
+        if run.segment is not None:
+            self._free.append(run.segment)
+
+    # --- workers ---------------------------------------------------------------------------
+
+    def _start(self, number: int) -> _Worker:
+        ours, theirs = self._context.Pipe(duplex=True)
+        method = self._context.get_start_method()
+        if method != "fork":  # what these start lives on: not with our signals held back
+            resource_tracker.ensure_running()
+        if method == "forkserver":
+            forkserver.ensure_running()
+        process: Any = self._context.Process(
+            target=work,
+            args=(theirs, os.getpid(), number, self.maker, self.plan, self._first),
+            name=f"metabatch-worker-{number}",
+            daemon=True,
+        )
+        with signals_held_back():
+            process.start()
+        theirs.close()
+        worker = _Worker(number, process, ours)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        return worker
+
+    def _replace(self, dead: _Worker) -> None:
+        """A new worker in the place of a dead one, for what that one still had to make."""
+        while dead.connection.poll():  # what it had sent in full counts
+            try:
+                self._take(dead, pickle.loads(dead.connection.recv_bytes()))
+            except (EOFError, OSError):
+                break
+        self._selector.unregister(dead.connection)
+        dead.connection.close()
+        dead.process.join(_CLOSE_WITHIN)
+        dead.process.kill()
+        dead.process.join()
+        code = dead.process.exitcode
+        dead.process.close()
+        place = self._workers.index(dead)
+        unmade = list(dead.runs)
+        for run in unmade:
+            self._give_back(run)
+        culprit = unmade[0] if unmade else None
+        if culprit is not None:
+            culprit.deaths += 1
+            if culprit.deaths >= _DEATHS:
+                raise WorkerDied(self._obituary(dead, culprit, code))
+        self._workers[place] = self._start(dead.number)
+        for run in unmade:
+            if run.wanted:
+                self._order_again(run)
+
+    def _order_again(self, run: _Run) -> None:
+        if run.deaths and run.count > 1:
+            # one step at a time, so that it shows which of them kills
+            place = self._runs.index(run)
+            del self._runs[place]
+            for step in reversed(range(run.start, run.start + run.count)):
+                part = _Run(step, 1, run.deaths if step == run.start else 0)
+                self._runs.insert(place, part)
+            for part in list(self._runs)[place : place + run.count]:
+                self._order(part)
+        else:
+            self._order(run)
+
+    def _obituary(self, dead: _Worker, run: _Run, code: int | None) -> str:
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"killed by {signal.Signals(-code).name}"
+        hint = ""
+        if code == -signal.SIGKILL:
+            hint = " (as by the kernel where memory runs out: fewer workers, a smaller batch)"
+        return (
+            f"{run.deaths} workers in a row died, the last one {how}{hint}; it had used up to "
+            f"{dead.peak:,} MiB, and was to create {self.plan.spec(run.start)} of "
+            f"{type(self.maker.taskset).__name__}"
+        )
+
+    def _preflight(self) -> None:
+        """Say what cannot work before it fails in a process that nobody sees."""
+        held = _on_a_gpu(self.maker.taskset)
+        if held:
+            raise ValueError(
+                f"{held} lies on a GPU: workers make tasks on the CPU; keep it there (the loader "
+                "moves batches to its device), or set workers=0"
+            )
+        if self._context.get_start_method() == "fork":
+            return
+        try:
+            ForkingPickler.dumps((self.maker, self.plan, self._first))
+        except Exception as error:
+            raise TypeError(
+                f"{_unsendable(self.maker, self._first)} cannot be sent to a worker that is "
+                f"started by {self._context.get_start_method()}: {error}; use a function or class "
+                "at the top of a module, or multiprocessing_context='fork'"
+            ) from error
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the workers and give their memory back."""
+        workers, self._workers = self._workers, []
+        if os.getpid() != self._owner:  # a fork's copy: the workers are not its children
+            return
+        self._forget()
+        self._selector.close()
+        for worker in workers:
+            with suppress(OSError):
+                worker.connection.send(None)
+            worker.connection.close()
+        deadline = time.monotonic() + _CLOSE_WITHIN
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            worker.process.close()
+        for segment in self._segments.values():
+            segment.close()
+        self._segments = {}
+
+
+def _returned(lent: set[int], free: deque[int], number: int) -> None:
+    # called by whoever drops the last tensor, in any thread
+    lent.discard(number)
+    free.append(number)
+
+
+def _on_a_gpu(taskset: Any) -> str | None:
+    for name, value in vars(taskset).items():
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            return f"{type(taskset).__name__}.{name}"
+    return None
+
+
+def _unsendable(maker: BatchMaker, first: Any) -> str:
+    """The name of what cannot be pickled, as far down as the task set's own attributes."""
+    taskset = maker.taskset
+    named = {
+        "worker_init_fn": first,
+        "collate_fn": maker.collate,
+        **{f"{type(taskset).__name__}.{name}": value for name, value in vars(taskset).items()},
+        type(taskset).__name__: taskset,
+    }
+    for name, value in named.items():
+        try:
+            ForkingPickler.dumps(value)
+        except Exception:
+            return name
+    return "the task set"
