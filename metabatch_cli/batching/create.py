@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 
@@ -59,17 +60,28 @@ class BatchMaker:
         return f"while creating {spec} of {type(self.taskset).__name__}"
 
     def _make_whole(self, spec: BatchSpec) -> Any:
-        n_context, n_target, more = _split(spec.sizes)
-        parts = []
-        for start in range(0, len(spec.indices), spec.shard_size):
-            shard = (spec.first + start) // spec.shard_size
-            indices = torch.from_numpy(spec.indices[start : start + spec.shard_size])
-            generator = torch.Generator()
-            generator.set_state(self._states.at(spec.step, shard))
-            parts.append(
-                self.taskset.__gettasks__(indices, n_context, n_target, **more, generator=generator)
-            )
-        return concatenate(parts) if len(parts) > 1 else parts[0]
+        step, _, sizes, indices, first, shard_size = spec
+        if len(indices) <= shard_size:
+            return self._make_shard(step, sizes, indices, first // shard_size)
+        starts = range(0, len(indices), shard_size)
+        return concatenate(
+            [
+                self._make_shard(
+                    step, sizes, indices[start : start + shard_size], (first + start) // shard_size
+                )
+                for start in starts
+            ]
+        )
+
+    def _make_shard(
+        self, step: int, sizes: Mapping[str, int], indices: np.ndarray, shard: int
+    ) -> Any:
+        generator = torch.Generator()
+        generator.set_state(self._states.at(step, shard))
+        n_context, n_target, more = _split(sizes)
+        return self.taskset.__gettasks__(
+            torch.from_numpy(indices), n_context, n_target, generator=generator, **more
+        )
 
     def _make_each(self, spec: BatchSpec) -> Any:
         tasks = []

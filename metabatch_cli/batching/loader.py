@@ -188,7 +188,8 @@ class TaskLoader:
         loads = self._loads
         transport = self._open(steps) if self.num_workers else None
         opened = self._opened
-        batches = self._create(steps) if transport is None else transport.read(steps)
+        spec, maker, landing = self.plan.spec, self._maker, self._landing
+        batches = transport.read(steps) if transport is not None else None
         try:
             for step in steps:
                 if loads != self._loads or (transport is not None and opened != self._opened):
@@ -196,22 +197,18 @@ class TaskLoader:
                         "this iterator is no longer valid: the loader was closed, was given "
                         "another state, or its workers serve a newer iterator"
                     )
-                batch = next(batches)
+                if batches is not None:
+                    batch = next(batches)
+                else:
+                    batch = maker[spec(step)]
+                    if landing.moves:
+                        batch = landing.finish(batch)
                 self._step = step + 1
                 self._mid_epoch = True
                 yield batch
         finally:
             if transport is not None and opened == self._opened and not self.persistent_workers:
                 self._stop_workers()
-
-    def _create(self, steps: range) -> Iterator[Any]:
-        """The batches of some steps, made here."""
-        spec, maker, finish = self.plan.spec, self._maker, self._landing.finish
-        if not self._landing.moves:
-            for step in steps:
-                yield maker[spec(step)]
-        for step in steps:
-            yield finish(maker[spec(step)])
 
     def _open(self, steps: range) -> Transport:
         self._opened += 1

@@ -134,6 +134,8 @@ class Plan:
         self.shards = shards
         self.shard_size = batch_size // shards
         per_rank = batch_size // world_size
+        self.epoch_length = self._measure_epoch()
+        """Steps in an epoch; None where an epoch never ends."""
         self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
         self._sizes = StepStream(seed, split, "sizes", width=WORDS)
         self._order = Stream(seed, split, "order")
@@ -151,9 +153,7 @@ class Plan:
         vars(self).update(state)
         self._keep_orders()
 
-    @property
-    def epoch_length(self) -> int | None:
-        """Steps in an epoch; None where an epoch never ends."""
+    def _measure_epoch(self) -> int | None:
         if self.n_batches is not None:
             return self.n_batches
         if self.n_tasks is None:
@@ -161,20 +161,17 @@ class Plan:
         full, rest = divmod(self.n_tasks, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch that a step belongs to."""
-        return step // self.epoch_length if self.epoch_length else 0
-
     def sizes(self, step: int) -> dict[str, int]:
         """The sizes at a step: the same on every rank."""
         return self.law.draw(self._sizes.at(step))
 
     def spec(self, step: int) -> BatchSpec:
         """The batch of a step, as far as this rank makes it."""
+        length = self.epoch_length
         return BatchSpec(
             step,
-            self.epoch_of(step),
-            self.sizes(step),
+            step // length if length else 0,
+            self.law.draw(self._sizes.at(step)),
             self.indices(step)[self._mine],
             self._mine.start,
             self.shard_size,

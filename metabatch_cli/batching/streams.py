@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,7 +60,8 @@ class Stream:
     def fill(self, generator: torch.Generator, major: int, minor: int = 0) -> None:
         """Put a CPU generator at the start of the stream at (major, minor)."""
         words = self.words(_TWISTER_WORDS, major, minor)
-        generator.set_state(twister_states(words[None])[0])
+        (state,) = _States(1).write(words[None])
+        generator.set_state(state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._state["state"]["key"].tobytes(),)
@@ -70,6 +71,9 @@ def _restore(key: bytes) -> Stream:
     stream = Stream(0)
     stream._state["state"]["key"] = np.frombuffer(key, dtype=np.uint64)
     return stream
+
+
+_NOTHING: tuple[int, list[Any]] = (-1, [])
 
 
 class StepStream:
@@ -86,18 +90,21 @@ class StepStream:
     def __init__(self, seed: int, *name: str, width: int) -> None:
         self.width = width
         self._stream = Stream(seed, *name)
-        self._made: dict[int, tuple[int, Sequence[Any]]] = {}  # lane: (first step, of each step)
+        self._made: dict[int, tuple[int, list[Any]]] = {}  # lane: (first step, of each step)
 
     def at(self, step: int, lane: int = 0) -> Any:
         """The `width` random 64-bit words of a step, as a list of integers."""
-        first, made = self._made.get(lane, (-1, ()))
+        first, made = self._made.get(lane, _NOTHING)
         if not 0 <= step - first < len(made):
             count = _AHEAD if step == first + len(made) else 1
             drawn = self._stream.words(count * self.width, 0, lane, skip=step * self.width)
-            first, made = self._made[lane] = step, self._prepare(drawn.reshape(count, self.width))
+            first, made = self._made[lane] = (
+                step,
+                self._prepare(drawn.reshape(count, self.width), lane),
+            )
         return made[step - first]
 
-    def _prepare(self, words: np.ndarray) -> Sequence[Any]:
+    def _prepare(self, words: np.ndarray, lane: int) -> list[Any]:
         return words.tolist()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +115,8 @@ class GeneratorStates(StepStream):
     """States of a CPU `torch.Generator`, one for each step and lane.
 
     All 19,968 bits of a state come from the stream: seeding by number would use only 32 of them,
-    and tasks would repeat themselves after some ten thousands.
+    and tasks would repeat themselves after some ten thousands. A state is to be used before the
+    next one is asked for: its memory is written again.
 
     Args:
         seed, name: as in `Stream`.
@@ -116,28 +124,38 @@ class GeneratorStates(StepStream):
 
     def __init__(self, seed: int, *name: str) -> None:
         super().__init__(seed, *name, width=_TWISTER_WORDS)
+        self._memory: dict[tuple[int, int], _States] = {}
 
-    def _prepare(self, words: np.ndarray) -> Sequence[torch.Tensor]:
-        return twister_states(words)
+    def _prepare(self, words: np.ndarray, lane: int) -> list[Any]:
+        place = lane, len(words)
+        if place not in self._memory:
+            self._memory[place] = _States(len(words))
+        return self._memory[place].write(words)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_memory": {}}
 
 
-def twister_states(words: np.ndarray) -> list[torch.Tensor]:
-    """Rows of random words as what `torch.Generator.set_state` takes.
+class _States:
+    """Memory for states of CPU generators, as what `torch.Generator.set_state` takes."""
 
-    Args:
-        words: uint64, `[states, 312]`.
-    """
-    state = torch.Generator().get_state().numpy()
-    if len(state) != _TWISTER_BYTES:
-        raise RuntimeError(
-            f"the state of a CPU torch.Generator has {len(state)} bytes, not {_TWISTER_BYTES}: "
-            f"torch {torch.__version__} changed its layout"
-        )
-    states = np.tile(state, (len(words), 1))
-    twisters = states[:, _TWISTER_OFFSET : _TWISTER_OFFSET + 16 * _TWISTER_WORDS]
-    twisters.view(np.uint64)[:] = words.view(np.uint32)  # a 32-bit word in each 64 bits
-    # each a tensor of its own: set_state reads a view with an offset at the wrong place (2.13)
-    return [torch.from_numpy(row) for row in states]
+    def __init__(self, count: int) -> None:
+        state = torch.Generator().get_state().numpy()
+        if len(state) != _TWISTER_BYTES:
+            raise RuntimeError(
+                f"the state of a CPU torch.Generator has {len(state)} bytes, not "
+                f"{_TWISTER_BYTES}: torch {torch.__version__} changed its layout"
+            )
+        states = np.tile(state, (count, 1))
+        twisters = states[:, _TWISTER_OFFSET : _TWISTER_OFFSET + 16 * _TWISTER_WORDS]
+        self._twisters = twisters.view(np.uint64)  # a 32-bit word in each
+        # each from its own array: set_state reads a view with an offset at the wrong place (2.13)
+        self._tensors = [torch.from_numpy(row) for row in states]
+
+    def write(self, words: np.ndarray) -> list[torch.Tensor]:
+        """Random words, uint64 `[count, 312]`, as the whole state of each generator."""
+        self._twisters[:] = words.view(np.uint32)
+        return self._tensors
 
 
 def permutation(words: np.ndarray) -> np.ndarray:

@@ -191,7 +191,7 @@ def test_a_spec_holds_what_the_plan_says(arguments, step):
     of = plan(**arguments)
     spec = of.spec(step)
     assert spec.step == step
-    assert spec.epoch == of.epoch_of(step) == step // (of.epoch_length or 10**9)
+    assert spec.epoch == of.spec(step).epoch == step // (of.epoch_length or 10**9)
     assert spec.indices.tolist() == of.indices(step).tolist()
     assert spec.indices.dtype == np.int64
     assert (spec.n_context, spec.n_target) == (spec.sizes["n_context"], spec.sizes["n_target"])
@@ -246,7 +246,7 @@ def test_every_index_of_an_infinite_set_comes_once(batch_size, step, shuffle, se
     of = plan(None, batch_size, shuffle=shuffle, seed=seed)
     start = step * batch_size
     assert of.epoch_length is None
-    assert of.epoch_of(step) == 0
+    assert of.spec(step).epoch == 0
     assert of.indices(step).tolist() == list(range(start, start + batch_size))
 
 
@@ -254,7 +254,7 @@ def test_n_batches_divides_an_infinite_set_into_epochs():
     of = plan(None, 2, n_batches=3)
     assert epoch(of, 0) == [[0, 1], [2, 3], [4, 5]]
     assert epoch(of, 1) == [[6, 7], [8, 9], [10, 11]]
-    assert [of.epoch_of(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert [of.spec(step).epoch for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
 
 
 # --- ranks -------------------------------------------------------------------------------------
