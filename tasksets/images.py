@@ -241,6 +241,11 @@ class ImageCompletion(TaskSet):
         self._grid = pixel_centres(height, width)
         self._check_law()
 
+    @property
+    def classes(self) -> np.ndarray:
+        """The class of each image, int64 `[images]`."""
+        return self.images.labels
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -86,6 +86,7 @@ def build_taskset(
 def build_loader(config: Config, taskset: TaskSet) -> TaskLoader:
     """The training loader."""
     fields = dict(vars(config.loader))
+    fields["balance"] = None if config.loader.balance is None else vars(config.loader.balance)
     try:
         return TaskLoader(taskset, **fields, seed=config.seed)
     except REFUSALS as error:

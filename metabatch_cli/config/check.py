@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
@@ -234,8 +235,14 @@ def _refuse_truth_for_numbers(kind: Any, config: Mapping[str, Any], prefix: str 
         value = config.get(name)
         if isinstance(value, bool):
             _check_value(f"{prefix}{name}", value, hint)
-        elif is_dataclass(hint) and isinstance(value, Mapping):
-            _refuse_truth_for_numbers(hint, value, f"{name}.")
+        elif is_dataclass(section := _required(hint)) and isinstance(value, Mapping):
+            _refuse_truth_for_numbers(section, value, f"{prefix}{name}.")
+
+
+def _required(hint: Any) -> Any:
+    """What a hint asks for where the value is not None."""
+    others = [kind for kind in get_args(hint) if kind is not type(None)]
+    return others[0] if len(others) == 1 and type(None) in get_args(hint) else hint
 
 
 def _adapter_or_none(hint: Any) -> TypeAdapter[Any] | None:
@@ -294,7 +301,7 @@ def _keys_beside(location: list[str]) -> list[str]:
     kind: Any = Config
     hints = get_type_hints(kind)
     for part in location[:-1]:
-        kind = hints.get(part, kind)
+        kind = _required(hints.get(part, kind))
         hints = get_type_hints(kind)
     return [field.name for field in fields(kind)]
 
@@ -307,6 +314,7 @@ def _wrong_value(
         text = mistake["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         text = text.split(", unable to ")[0].split(", got a number")[0]
         text = text.split(", not ")[0]
+        text = re.sub(r"a dictionary or an instance of \w+", "a mapping", text)
         for theirs, ours in _WORDING.items():
             text = text.replace(theirs, ours)
         if text not in wanted:
