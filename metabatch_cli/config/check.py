@@ -132,6 +132,8 @@ def check_component(key: str, node: Any, provided: Iterable[str] = ()) -> dict[s
         raise ConfigError(f"{key}._target_", "is missing: it names the class to build")
     target = locate(f"{key}._target_", str(node["_target_"]))
     parameters = _parameters(target)
+    if is_taskset(target):
+        provided = PROVIDED["taskset"].union(provided)
     given = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = [
@@ -200,6 +202,13 @@ def locate(key: str, path: str) -> Any:
     )
 
 
+def is_taskset(target: Any) -> bool:
+    """Whether a target is a class of task sets, which are told their split, wherever they are."""
+    from metabatch_cli.batching.taskset import TaskSet
+
+    return inspect.isclass(target) and issubclass(target, TaskSet)
+
+
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(target).parameters)
@@ -218,7 +227,9 @@ def _hints(target: Any) -> dict[str, Any]:
 def _check_value(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, Mapping) and "_target_" in value:
         return check_component(key, value)
-    if isinstance(value, list) and any(isinstance(v, Mapping) and "_target_" in v for v in value):
+    if isinstance(value, Mapping) and any(map(_is_component, value.values())):
+        return {name: _check_value(f"{key}.{name}", v, Any) for name, v in value.items()}
+    if isinstance(value, list) and any(map(_is_component, value)):
         return [_check_value(f"{key}.{number}", v, Any) for number, v in enumerate(value)]
     adapter = _adapter_or_none(hint)
     if adapter is None:
@@ -228,6 +239,10 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
         return adapter.validate_python(value, strict=isinstance(value, bool))
     except ValidationError as error:
         raise _wrong_value(key, value, error) from None
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def _refuse_truth_for_numbers(kind: Any, config: Mapping[str, Any], prefix: str = "") -> None:

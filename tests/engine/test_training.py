@@ -408,9 +408,9 @@ def test_a_balanced_training_is_resumed_to_the_same_weights(tmp_path):
 
 
 def test_what_cannot_be_balanced_is_said_under_the_loader(tmp_path):
-    with pytest.raises(UserError, match="^loader.balance needs to know the class of each task"):
+    with pytest.raises(UserError, match=r"^loader\.balance needs to know the class of each task"):
         run(tmp_path, "loader=balanced", taskset="Minimal")
-    with pytest.raises(UserError, match="^loader.batch_size=1 is smaller than the number of cl"):
+    with pytest.raises(UserError, match=r"^loader\.batch_size=1 is smaller than the number of cl"):
         run(tmp_path, "loader=balanced", "loader.batch_size=1", taskset="Labelled")
 
 
