@@ -14,7 +14,7 @@ from metabatch_cli.batching.sizes import WayShot
 from metabatch_cli.batching.streams import uniforms
 from metabatch_cli.batching.task import Task
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
-from tasksets.images import ImageDataset, open_split
+from tasksets.images import ImageDataset, check_same_split, open_split
 
 Ways = Annotated[int, Ge(2)] | Annotated[Sequence[Annotated[int, Ge(2)]], Len(2, 2)]
 PerClass = Annotated[int, Ge(1)] | Annotated[Sequence[Annotated[int, Ge(1)]], Len(2, 2)]
@@ -75,6 +75,10 @@ class Episodes(TaskSet):
                 f"images of a class, but class {self.images.class_names[smallest]!r} of the "
                 f"split {self.split!r} has {self._sizes[smallest]}"
             )
+
+    def belong_to(self, split: Split) -> None:
+        check_same_split(self, split)
+        super().belong_to(split)
 
     def __len__(self) -> int:
         if self.n_tasks is None:

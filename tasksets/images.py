@@ -180,6 +180,16 @@ def open_split(dataset: ImageDataset, split: Split | None, eval: bool) -> Labell
     return images
 
 
+def check_same_split(taskset: TaskSet, split: Split) -> None:
+    """Refuse another split for a task set that has opened the images of one."""
+    before = getattr(taskset, "split", split)
+    if split != before:
+        raise ValueError(
+            f"split={split!r}: the images of this {type(taskset).__name__} are those of the split "
+            f"{before!r}; make another one for {split!r}"
+        )
+
+
 class ImageCompletion(TaskSet):
     """Complete an image from some of its pixels: a task is a function from place to intensity.
 
@@ -240,6 +250,15 @@ class ImageCompletion(TaskSet):
         )
         self._grid = pixel_centres(height, width)
         self._check_law()
+
+    @property
+    def classes(self) -> np.ndarray:
+        """The class of each image, int64 `[images]`."""
+        return self.images.labels
+
+    def belong_to(self, split: Split) -> None:
+        check_same_split(self, split)
+        super().belong_to(split)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 
+from metabatch_cli.batching.balance import Balance, as_balance
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
 from metabatch_cli.batching.plan import Plan
@@ -69,6 +70,9 @@ class TaskLoader:
         rank: which part of the global batch this loader makes.
         world_size: in how many parts ranks share it; must divide `shards`.
         shards: equal parts of the global batch with a random stream each.
+        balance: the shares of the task set's `classes` in a batch, a `Balance` or a mapping of
+            its `alpha` and `kind`; batches are then drawn one by one and always full. Needs
+            `shuffle`.
 
     Raises:
         ValueError, TypeError: arguments that cannot be or do not fit together, by name.
@@ -98,6 +102,7 @@ class TaskLoader:
         rank: int = 0,
         world_size: int = 1,
         shards: int = 1,
+        balance: Balance | Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(dataset, TaskSet):
             raise TypeError(f"TaskLoader reads a TaskSet, not a {type(dataset).__name__}")
@@ -131,6 +136,8 @@ class TaskLoader:
             rank=operator.index(rank),
             world_size=operator.index(world_size),
             shards=operator.index(shards),
+            balance=as_balance(balance),
+            classes=dataset.classes,
         )
         self._maker = BatchMaker(dataset, self.seed, dataset.split, collate_fn)
         if self._maker.whole and collate_fn is not None:
@@ -276,6 +283,7 @@ class TaskLoader:
             "shuffle": int(plan.shuffle),
             "drop_last": int(plan.drop_last),
             "n_batches": -1 if plan.n_batches is None else plan.n_batches,
+            "balance": -1 if plan.balance is None else _number_of(plan.balance.outline),
         }
 
     # --- the end ---------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metabatch_cli.batching.balance import Balance, BalancedDraws
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
-from metabatch_cli.batching.streams import StepStream, Stream, permutation
+from metabatch_cli.batching.streams import StepStream, Stream, distinct, permutation
 
 
 class BatchSpec(NamedTuple):
@@ -52,6 +53,9 @@ class BatchSpec(NamedTuple):
 class Plan:
     """Which tasks, of which sizes, at which step. Nothing in it depends on workers or timing.
 
+    With a balance, or with a law whose batches are drawn from parts of the set, every batch is
+    drawn by itself, and full: an epoch has `n_batches` of them, or as many as one pass would.
+
     Args:
         n_tasks: tasks in the set, None for an infinite one.
         law: draws the sizes.
@@ -62,6 +66,8 @@ class Plan:
         seed, split: choose the streams.
         rank, world_size: whose part to plan, and of how many.
         shards: equal parts of the global batch that have a stream each.
+        balance: the shares of the classes in a batch; None for tasks as they come.
+        classes: the class of each task, integers `[n_tasks]`, where there is a balance.
 
     Raises:
         ValueError: numbers that do not fit together; the message names them.
@@ -81,6 +87,8 @@ class Plan:
         rank: int = 0,
         world_size: int = 1,
         shards: int = 1,
+        balance: Balance | None = None,
+        classes: Any = None,
     ) -> None:
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("shards", shards, 1)
@@ -115,7 +123,22 @@ class Plan:
                     f"batch_size={batch_size} is larger than the task set ({n_tasks} tasks): "
                     "with drop_last=True no batch is left"
                 )
-        if world_size > 1 and n_tasks is not None and n_batches is None and not drop_last:
+        parts = law.parts
+        drawn_alone = balance is not None or parts is not None
+        if balance is not None and parts is not None:
+            raise ValueError("balance and a task set whose batches have one component each "
+                             "contradict: leave balance out, or mix tasks")  # fmt: skip
+        if drawn_alone and n_tasks is not None and not shuffle:
+            what = "balance" if balance is not None else "a law of several parts"
+            raise ValueError(f"shuffle=False: {what} draws at random and needs shuffle=True")
+        smallest = min((len(part) for part in parts or () if part is not None), default=batch_size)
+        if batch_size > smallest:
+            raise ValueError(
+                f"batch_size={batch_size} is larger than the smallest part that a batch is drawn "
+                f"from ({smallest} tasks): at most batch_size={smallest}"
+            )
+        full = n_batches is not None or drop_last or drawn_alone
+        if world_size > 1 and n_tasks is not None and not full:
             raise ValueError(
                 f"world_size={world_size} needs drop_last=True or n_batches: a last batch that "
                 "is not full cannot be shared equally"
@@ -134,9 +157,17 @@ class Plan:
         self.shards = shards
         self.shard_size = batch_size // shards
         per_rank = batch_size // world_size
+        self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.balance = None
+        if balance is not None:
+            self.balance = BalancedDraws(
+                balance, classes, n_tasks=n_tasks, batch_size=batch_size, seed=seed, split=split
+            )
+        self._parts = parts
+        self._full_batches = drop_last or drawn_alone
         self.epoch_length = self._measure_epoch()
         """Steps in an epoch; None where an epoch never ends."""
-        self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        self._draws = StepStream(seed, split, "part", width=batch_size + -batch_size % 4)
         self._sizes = StepStream(seed, split, "sizes", width=WORDS)
         self._order = Stream(seed, split, "order")
         self._keep_orders()
@@ -159,7 +190,7 @@ class Plan:
         if self.n_tasks is None:
             return None
         full, rest = divmod(self.n_tasks, self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return full + (rest > 0 and not self._full_batches)
 
     def sizes(self, step: int) -> dict[str, int]:
         """The sizes at a step: the same on every rank."""
@@ -180,15 +211,21 @@ class Plan:
     def indices(self, step: int) -> np.ndarray:
         """The tasks of a step over all ranks, int64 `[tasks]`; the caller may write into it."""
         size, total = self.batch_size, self.n_tasks
+        if self.balance is not None:
+            return self.balance.indices(step)
+        part = self._parts[self.sizes(step)["component"]] if self._parts else None
+        if part is not None:
+            words = self._draws.at(step)[:size]
+            return np.array(distinct(words, [0] * size, [part.start], [len(part)]))
         if total is None:
             return np.arange(step * size, (step + 1) * size)
         if self.n_batches is not None:
             return self._from_repeated_passes(step)
         epoch, batch = divmod(step, self.epoch_length or 1)
-        part = slice(batch * size, min((batch + 1) * size, total))
+        here = slice(batch * size, min((batch + 1) * size, total))
         if self.shuffle:
-            return self._pass_order(epoch)[part].copy()
-        return np.arange(part.start, part.stop)
+            return self._pass_order(epoch)[here].copy()
+        return np.arange(here.start, here.stop)
 
     def _draw_pass_order(self, number: int) -> np.ndarray:
         assert self.n_tasks is not None

@@ -15,7 +15,7 @@ from typing import Any
 
 from metabatch_cli.batching.streams import integer, unit
 
-WORDS = 4  # random words that a law may use in one step
+WORDS = 8  # random words of a step; a law may use all but the last, which a mixture needs
 
 Range = int | Sequence[int]
 
@@ -36,6 +36,15 @@ class SizeLaw:
     def describe(self) -> str:
         """The law in a few words, for the table that opens a training."""
         raise NotImplementedError
+
+    @property
+    def parts(self) -> Sequence[range | None] | None:
+        """The indices that batches are drawn from, where one batch may not have any of them.
+
+        The size `component` that the law draws says which of the parts it is; a part that is
+        None has no end. None, for all laws that know nothing of components: any index.
+        """
+        return None
 
 
 @dataclass(frozen=True)

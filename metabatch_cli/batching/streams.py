@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,6 +169,32 @@ def integer(word: int, low: int, high: int) -> int:
     Multiply-and-shift (Lemire 2019): its bias is at most (high − low + 1) / 2⁶⁴.
     """
     return low + (int(word) * (high - low + 1) >> 64)
+
+
+def distinct(
+    words: Sequence[int], groups: Sequence[int], starts: Sequence[int], sizes: Sequence[int]
+) -> list[int]:
+    """An integer of its group for each word, none of them twice, every choice equally likely.
+
+    The beginning of a shuffle by Fisher and Yates in each group, which costs as much as is
+    drawn: the few places that were swapped are remembered instead of the whole group.
+
+    Args:
+        words: random 64-bit words.
+        groups: the group that each of them draws from, no group more often than it is large.
+        starts, sizes: group g are the integers `starts[g] … starts[g] + sizes[g] − 1`.
+    """
+    drawn: list[int] = []
+    swapped: dict[int, int] = {}
+    taken: dict[int, int] = {}
+    for word, group in zip(words, groups, strict=False):
+        before = taken.get(group, 0)
+        taken[group] = before + 1
+        here = starts[group] + before
+        there = here + (word * (sizes[group] - before) >> 64)
+        drawn.append(swapped.get(there, there))
+        swapped[there] = swapped.get(here, here)
+    return drawn
 
 
 def unit(word: int) -> float:

@@ -76,6 +76,11 @@ class TaskSet(Dataset):
     queries) arrive as further keyword arguments. The first seven arguments are those of
     MetaBatch 0.9.1.
 
+    Attributes:
+        classes: the class of each task where tasks have one, integers `[n_tasks]` from 0 to the
+            number of classes − 1, as an array, a tensor or a list; else None. It is what
+            `TaskLoader(…, balance=…)` balances.
+
     Args:
         min_pts: the fewest points in a context.
         max_ctx_pts: the most points in a context.
@@ -90,6 +95,8 @@ class TaskSet(Dataset):
     Raises:
         ValueError: sizes that contradict each other, a law or split that does not exist.
     """
+
+    classes: Any = None
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import nn
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.task import as_task, slice_tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
-from metabatch_cli.config.check import FROM_SPEC, locate, merged, test_sets
+from metabatch_cli.config.check import FROM_SPEC, is_taskset, locate, merged, test_sets
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.config.schema import Config, EvaluationConfig
 from metabatch_cli.learners.learner import Learner
@@ -40,6 +40,10 @@ def build(key: str, node: Mapping[str, Any], **extra: Any) -> Any:
     except InstantiationException as error:
         cause = error.__cause__
         text = str(cause) if isinstance(cause, REFUSALS) else str(error).splitlines()[0]
+        inner = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+        if inner is not None:  # the constructor of a component in this one
+            for name in inner.group(1).split("."):
+                key, node = f"{key}.{name}", node[name]
         raise _refused(key, text, node) from error
     except REFUSALS as error:
         raise _refused(key, str(error), node) from error
@@ -70,6 +74,7 @@ def build_taskset(
         key: what a mistake is reported under.
     """
     node = merged(config.taskset, overrides or {})
+    node = {name: _of_split(part, split) for name, part in node.items()}
     node.pop("split", None)
     node.pop("eval", None)
     taskset = build(key, node, split=split, eval=split != "train")
@@ -83,9 +88,26 @@ def build_taskset(
     return taskset
 
 
+def _of_split(part: Any, split: Split) -> Any:
+    """A part of a task set's configuration, the task sets in it being told the split too."""
+    if isinstance(part, list):
+        return [_of_split(entry, split) for entry in part]
+    if not isinstance(part, Mapping):
+        return part
+    part = {name: _of_split(value, split) for name, value in part.items()}
+    if "_target_" not in part:
+        return part
+    target = locate("taskset", part["_target_"])
+    if is_taskset(target):
+        facts = {"split": split, "eval": split != "train"}
+        part |= {name: fact for name, fact in facts.items() if name in accepted(target)}
+    return part
+
+
 def build_loader(config: Config, taskset: TaskSet) -> TaskLoader:
     """The training loader."""
     fields = dict(vars(config.loader))
+    fields["balance"] = None if config.loader.balance is None else vars(config.loader.balance)
     try:
         return TaskLoader(taskset, **fields, seed=config.seed)
     except REFUSALS as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
@@ -131,6 +132,8 @@ def check_component(key: str, node: Any, provided: Iterable[str] = ()) -> dict[s
         raise ConfigError(f"{key}._target_", "is missing: it names the class to build")
     target = locate(f"{key}._target_", str(node["_target_"]))
     parameters = _parameters(target)
+    if is_taskset(target):
+        provided = PROVIDED["taskset"].union(provided)
     given = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = [
@@ -199,6 +202,13 @@ def locate(key: str, path: str) -> Any:
     )
 
 
+def is_taskset(target: Any) -> bool:
+    """Whether a target is a class of task sets, which are told their split, wherever they are."""
+    from metabatch_cli.batching.taskset import TaskSet
+
+    return inspect.isclass(target) and issubclass(target, TaskSet)
+
+
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(target).parameters)
@@ -217,7 +227,9 @@ def _hints(target: Any) -> dict[str, Any]:
 def _check_value(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, Mapping) and "_target_" in value:
         return check_component(key, value)
-    if isinstance(value, list) and any(isinstance(v, Mapping) and "_target_" in v for v in value):
+    if isinstance(value, Mapping) and any(map(_is_component, value.values())):
+        return {name: _check_value(f"{key}.{name}", v, Any) for name, v in value.items()}
+    if isinstance(value, list) and any(map(_is_component, value)):
         return [_check_value(f"{key}.{number}", v, Any) for number, v in enumerate(value)]
     adapter = _adapter_or_none(hint)
     if adapter is None:
@@ -229,13 +241,23 @@ def _check_value(key: str, value: Any, hint: Any) -> Any:
         raise _wrong_value(key, value, error) from None
 
 
+def _is_component(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
 def _refuse_truth_for_numbers(kind: Any, config: Mapping[str, Any], prefix: str = "") -> None:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         value = config.get(name)
         if isinstance(value, bool):
             _check_value(f"{prefix}{name}", value, hint)
-        elif is_dataclass(hint) and isinstance(value, Mapping):
-            _refuse_truth_for_numbers(hint, value, f"{name}.")
+        elif is_dataclass(section := _required(hint)) and isinstance(value, Mapping):
+            _refuse_truth_for_numbers(section, value, f"{prefix}{name}.")
+
+
+def _required(hint: Any) -> Any:
+    """What a hint asks for where the value is not None."""
+    others = [kind for kind in get_args(hint) if kind is not type(None)]
+    return others[0] if len(others) == 1 and type(None) in get_args(hint) else hint
 
 
 def _adapter_or_none(hint: Any) -> TypeAdapter[Any] | None:
@@ -294,7 +316,7 @@ def _keys_beside(location: list[str]) -> list[str]:
     kind: Any = Config
     hints = get_type_hints(kind)
     for part in location[:-1]:
-        kind = hints.get(part, kind)
+        kind = _required(hints.get(part, kind))
         hints = get_type_hints(kind)
     return [field.name for field in fields(kind)]
 
@@ -307,6 +329,7 @@ def _wrong_value(
         text = mistake["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         text = text.split(", unable to ")[0].split(", got a number")[0]
         text = text.split(", not ")[0]
+        text = re.sub(r"a dictionary or an instance of \w+", "a mapping", text)
         for theirs, ours in _WORDING.items():
             text = text.replace(theirs, ours)
         if text not in wanted:

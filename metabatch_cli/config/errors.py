@@ -160,6 +160,8 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
         above = key.rpartition(".")[0]
         parent = OmegaConf.select(composed, above) if above else composed
         names = [str(name) for name in parent] if parent is not None else []
+        if above and parent is None and key in _optional_keys():
+            return f"{above}: is null, so it has no keys yet\n  did you mean '+{typed or key}'?"
         if not above and (deeper := _deeper(OmegaConf.to_container(composed), key)):
             return f"{key}: there is no such key\n  did you mean {deeper!r}?"
     except Exception:
@@ -169,6 +171,13 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
         word = next((w for w in words if w.startswith(f"{key}=")), f"{key}=…")
         return f"{key}: is not set yet\n  did you mean '+{word}'?"
     return str(ConfigError(key, "there is no such key", allowed=names or None, wrong_name=wrong))
+
+
+def _optional_keys() -> set[str]:
+    """The keys of what is null unless somebody asks for it."""
+    from metabatch_cli.config.schema import BalanceConfig
+
+    return {f"loader.balance.{name}" for name in vars(BalanceConfig)["__annotations__"]}
 
 
 def _deeper(tree: Any, key: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict
 
 Component = dict[str, Any]
@@ -15,6 +15,19 @@ Count = Annotated[int, Ge(1)]
 Auto = Literal["auto"]
 
 _STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass
+class BalanceConfig:
+    """The shares of a task set's classes in a batch."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    alpha: Annotated[float, Ge(0), Le(1)] = 1.0
+    """1: all classes equally often; 0: as often as their tasks are; a mix in between."""
+
+    kind: Literal["fixed", "random"] = "fixed"
+    """Whether every batch has those shares, or every place of it draws its class by itself."""
 
 
 @dataclass
@@ -55,6 +68,9 @@ class LoaderConfig:
 
     timeout: Annotated[float, Ge(0)] = 0.0
     """Seconds to wait for a worker's batch; 0 waits for ever."""
+
+    balance: BalanceConfig | None = None
+    """{alpha, kind}: shares of the task set's classes in a batch; null: tasks as they come."""
 
 
 @dataclass

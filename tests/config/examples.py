@@ -36,7 +36,9 @@ def with_value(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     node = config
     *above, last = key.split(".")
     for part in above:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
     node[last] = value
     return config
 

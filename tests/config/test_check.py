@@ -91,6 +91,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it(experiment):
         ("taskest", "taskset"),
         ("loader.batchsize", "batch_size"),
         ("loader.worker", "workers"),
+        ("loader.balance.alpah", "alpha"),
         ("trainer.max_step", "max_steps"),
         ("evaluation.task", "tasks"),
         ("model.widht", "width"),
@@ -117,6 +118,10 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, near):
         ("fresh", "perhaps", "true or false"),
         ("data_dir", 3, "text"),
         ("loader.batch_size", 0, "at least 1"),
+        ("loader.balance", 3, "a mapping"),
+        ("loader.balance.alpha", 1.5, "at most 1"),
+        ("loader.balance.alpha", "abc", "a number"),
+        ("loader.balance.kind", "fixd", "'fixed' or 'random'"),
         ("loader.batch_size", "many", "a whole number"),
         ("loader.workers", "abc", "a whole number or 'auto'"),
         ("loader.workers", -2, "at least 0 or 'auto'"),
@@ -148,7 +153,16 @@ def test_a_value_that_cannot_be_is_named_with_what_is_allowed(key, value, allowe
     assert allowed in said
 
 
-@pytest.mark.parametrize("key", ["seed", "trainer.max_steps", "loader.workers", "loader.timeout"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "trainer.max_steps",
+        "loader.workers",
+        "loader.timeout",
+        "loader.balance.alpha",
+    ],
+)
 def test_true_is_no_number(key):
     assert mistake(**{key.replace(".", "__"): True}).startswith(f"{key}=true: is not allowed")
 

@@ -13,13 +13,17 @@ import torch
 from metabatch_cli.config.build import build_taskset
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
-from metabatch_cli.config.errors import ConfigError
+from metabatch_cli.config.errors import ConfigError, UserError
+from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.run import load_run
 from metabatch_cli.engine.trainer import TrainingFailed
 from tests.engine import examples
 from tests.engine.examples import (
     HERE,
+    Killed,
+    assert_same_run,
     differences,
+    kill_at,
     learner,
     parts,
     result,
@@ -372,6 +376,42 @@ def test_a_set_knows_whether_its_tasks_are_held_out(taskset, split):
     built = build_taskset(check(resolve(settings_of(taskset))), split)
     assert built.split == split
     assert built.eval == (split != "train")
+
+
+# --- balanced classes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [
+        (("loader=balanced",), 0.5),
+        (("loader=balanced", "loader.balance.alpha=0"), 0.2),
+        (("loader.balance={alpha: 0.5, kind: random}",), 0.35),
+        (("+loader.balance.alpha=0.5",), 0.35),
+    ],
+)
+def test_a_configuration_says_in_which_shares_classes_come(overrides, share):
+    balanced = Parts(check(resolve(settings_of("Labelled", *overrides))))
+    classes, plan = balanced.taskset.classes, balanced.loader.plan
+    drawn = torch.cat([classes[plan.indices(step)] for step in range(500)])
+    assert abs(drawn.double().mean() - share) < 0.04
+
+
+def test_a_balanced_training_is_resumed_to_the_same_weights(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    arguments = {"taskset": "Labelled"}
+    run(straight, "loader=balanced", **arguments)
+    with pytest.raises(Killed):
+        run(killed, "loader=balanced", after_step=kill_at(7), **arguments)
+    run(killed, "loader=balanced", **arguments)
+    assert_same_run(straight, killed)
+
+
+def test_what_cannot_be_balanced_is_said_under_the_loader(tmp_path):
+    with pytest.raises(UserError, match=r"^loader\.balance needs to know the class of each task"):
+        run(tmp_path, "loader=balanced", taskset="Minimal")
+    with pytest.raises(UserError, match=r"^loader\.batch_size=1 is smaller than the number of cl"):
+        run(tmp_path, "loader=balanced", "loader.batch_size=1", taskset="Labelled")
 
 
 def test_the_examples_are_where_the_configurations_say():

@@ -234,3 +234,13 @@ def test_a_dataset_that_gives_something_else_is_refused() -> None:
     assert isinstance(Gradients(), ImageDataset)
     with pytest.raises(TypeError, match="LabelledImages"):
         completion(Wrong())
+
+
+def test_the_classes_of_images_can_be_balanced() -> None:
+    tasks = completion(Gradients(total=9))  # five images of one class, four of the other
+    assert tasks.classes.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    loader = TaskLoader(tasks, 6, shuffle=True, balance={"alpha": 1, "kind": "fixed"})
+    for step in range(20):
+        indices = loader.batch_at(step).aux["index"]
+        assert (indices < 5).sum() == 3
+        assert len(indices.unique()) == 6
