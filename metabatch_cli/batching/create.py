@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class BatchMaker:
         self.taskset = taskset
         self.whole = makes_whole_batches(taskset)
         self.collate = collate or default_collate
+        self.preserves = True
+        """Whether the global generators' states are given back; a worker needs none of them."""
         self._states = GeneratorStates(seed, split, "batch")
         self._task_stream = Stream(seed, split, "task")
 
@@ -86,7 +89,7 @@ class BatchMaker:
     def _make_each(self, spec: BatchSpec) -> Any:
         tasks = []
         n_context, n_target, more = _split(spec.sizes)
-        with borrowed_global_generators():
+        with borrowed_global_generators() if self.preserves else nullcontext():
             for position, index in enumerate(spec.indices.tolist(), start=spec.first):
                 seed_global_generators(self._task_stream, spec.step, position)
                 tasks.append(self.taskset.__gettask__(index, n_context, n_target, **more))

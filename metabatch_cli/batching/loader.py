@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from metabatch_cli.batching.auto import Choice, choose_workers, measure
 from metabatch_cli.batching.balance import Balance, as_balance
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
@@ -145,9 +147,9 @@ class TaskLoader:
                 f"collate_fn joins single tasks, but {type(dataset).__name__} makes whole batches "
                 "(__gettasks__): leave collate_fn out"
             )
-        self.num_workers = _resolve_workers(
-            num_workers if workers is None else workers, self._maker.whole
-        )
+        self._workers = _check_workers(num_workers if workers is None else workers)
+        self.choice: Choice | None = None
+        """Why there are so many workers, where that was left to the loader."""
         self._step = 0  # batches that were handed out, over all epochs
         self._mid_epoch = False  # whether a batch was handed out since the state was set
         self._loads = 0  # how often it was set, or the loader closed: older iterators are stale
@@ -156,6 +158,29 @@ class TaskLoader:
         self._open_transports: list[Transport] = []  # none or one
         # also at garbage collection, and at exit before multiprocessing ends daemons its own way
         self._finalizer = Finalize(self, _close_all, (self._open_transports,), exitpriority=10)
+
+    # --- workers ---------------------------------------------------------------------------
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that create batches; with `"auto"` decided when it is first asked for."""
+        if self._workers is None:
+            self.choose_workers()
+        assert self._workers is not None
+        return self._workers
+
+    def choose_workers(self, step: float | None = None, busy_cores: float = 1.0) -> None:
+        """Decide about `"auto"`: creates some batches, which nothing else will notice.
+
+        Args:
+            step: seconds of a training step without its data; None where that is unknown.
+            busy_cores: CPU cores that a step keeps busy.
+        """
+        if self._workers is None:
+            steps = itertools.count(self._step)
+            creation = measure(lambda: self.batch_at(next(steps)))
+            self.choice = choose_workers(creation, step, cores(), busy_cores)
+            self._workers = self.choice.workers
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -326,9 +351,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _resolve_workers(workers: int | str, whole: bool) -> int:
+def _check_workers(workers: int | str) -> int | None:
     if workers == "auto":
-        return 0 if whole else min(4, max(1, cores() - 1))
+        return None
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ValueError(f"workers={workers!r} must be 0, a positive number or 'auto'")
     return workers

@@ -25,6 +25,7 @@ from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.packing import Packer
 from metabatch_cli.batching.plan import Plan
 from metabatch_cli.batching.shared import Segment
+from metabatch_cli.batching.streams import borrowed_global_generators
 
 _HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 _SIGTERM_GRACE = 20.0  # seconds that a worker outlives a SIGTERM, for the main process to finish
@@ -109,7 +110,9 @@ def work(
     except BaseException as error:
         error.add_note(f"in worker_init_fn({number})")
         spoiled = failure(error, number)
-    with suppress(EOFError, ConnectionError):  # the main process is gone
+    maker.preserves = False
+    # a main process that is gone ends this one quietly
+    with borrowed_global_generators(), suppress(EOFError, ConnectionError):
         while (order := connection.recv()) is not None:
             if isinstance(order, Map):
                 segments[order.number] = Segment(order.size, reduction.recv_handle(connection))

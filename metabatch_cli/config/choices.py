@@ -32,6 +32,9 @@ def resolve(
         if OmegaConf.select(config, key) in (None, "auto"):
             before = _select(saved or {}, key)
             OmegaConf.update(config, key, choose(config) if before is None else before)
+    if OmegaConf.select(config, "loader.workers") == "auto":  # measured when all is built
+        before = _select(saved or {}, "loader.workers")
+        OmegaConf.update(config, "loader.workers", "auto" if before is None else before)
     for key in PATHS:
         path = OmegaConf.select(config, key)
         if isinstance(path, str):  # resumed or scored from another directory, it is the same file

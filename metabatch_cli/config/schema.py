@@ -39,11 +39,14 @@ class LoaderConfig:
     batch_size: Count = 16
     """Tasks of one optimisation step, over all ranks."""
 
-    workers: Annotated[int, Ge(0)] | Auto = 0
-    """Processes that create tasks; 0 creates them in the training process."""
+    workers: Annotated[int, Ge(0)] | Auto = "auto"
+    """Processes that create tasks, 0 for the training process; auto: as many as pay, measured."""
+
+    multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None
+    """How workers are started; null: as Python does on this system."""
 
     prefetch_factor: Count = 2
-    """Batches that each worker is ahead."""
+    """Messages of one or more batches that each worker is ahead."""
 
     persistent_workers: bool = True
     """Whether workers live on from one epoch to the next."""

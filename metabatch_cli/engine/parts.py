@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 
+from metabatch_cli.batching.auto import measure
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
@@ -37,6 +40,8 @@ class Parts:
         self.evaluation_loaders("val")
         self.evaluation_loaders("test")
         self.try_out()
+        if self.config.loader.workers == "auto":
+            self.loader.choose_workers(**self.measure_step())
         if self.config.trainer.monitor is not None:
             self.check_monitor()
         size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
@@ -78,6 +83,32 @@ class Parts:
                 allowed=scores,
                 wrong_name=learner.metric.name,
             )
+
+    def measure_step(self) -> dict[str, float]:
+        """Seconds of a training step without its data, and CPU cores that it keeps busy.
+
+        Of a copy of the learner, and without a trace in any random state. Nothing where it fails:
+        what is wrong will show, and be recorded, in training.
+        """
+        learner = deepcopy(self.learner).train()
+        tasks = self.precision.prepare(self.loader.batch_at(0))
+        cpu: list[float] = []
+
+        def step() -> None:
+            began = time.process_time()
+            learner.zero_grad(set_to_none=True)
+            with self.precision.autocast():
+                loss = learner(tasks)
+            loss.backward()
+            loss.item()  # waits for a GPU to get there
+            cpu.append(time.process_time() - began)
+
+        try:
+            with random_states.preserved():
+                seconds = measure(step)
+        except Exception:
+            return {}
+        return {"step": seconds, "busy_cores": max(statistics.median(cpu) / seconds, 1.0)}
 
     def check_monitor(self) -> None:
         """Raise ConfigError now, not at the first validation, if nothing has that name."""
@@ -171,8 +202,10 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     model = config.model["_target_"].rpartition(".")[2]
     optimizer = type(parts.optimizer).__name__
     schedule = type(parts.scheduler).__name__ if parts.scheduler else "constant rate"
-    workers = parts.loader.num_workers
+    workers, choice = parts.loader.num_workers, parts.loader.choice
     made = f"{workers} worker{'s' * (workers > 1)}" if workers else "created in this process"
+    if choice is not None:
+        made = f"{made} ({choice.reason})"
     trainer = config.trainer
     limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
     return [

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metabatch_cli.batching.streams import Stream, seed_global_generators
+from metabatch_cli.batching.streams import Stream
 from metabatch_cli.config.errors import UserError
 
 
@@ -60,7 +60,10 @@ def preserved(seed: int | None = None) -> Iterator[None]:
 def seed_everything(seed: int) -> None:
     """Seed all global generators from any integer, none of whose bits is lost."""
     stream = Stream(seed, "global")
-    seed_global_generators(stream, 0, 0)
+    words = stream.words(4, 0)
+    random.seed(int.from_bytes(words[:2].tobytes(), "little"))
+    np.random.seed(words[2:].view(np.uint32))
+    stream.fill(torch.default_generator, 0)
     torch.cuda.manual_seed_all(int(stream.words(1, 1)[0]) >> 1)  # where there is no GPU: nothing
 
 

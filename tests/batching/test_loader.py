@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from metabatch_cli.batching import StateMismatch, TaskLoader, digest
 from metabatch_cli.batching import loader as loader_module
+from metabatch_cli.batching.loader import cores
 from metabatch_cli.batching.task import concatenate
 from tests.batching.examples import (
     KINDS,
@@ -614,10 +615,14 @@ def test_workers_is_another_name_for_num_workers():
         TaskLoader(Waves(), num_workers=2, workers=0)
 
 
-def test_auto_takes_workers_only_where_tasks_are_made_one_by_one():
-    assert TaskLoader(Waves(), workers="auto").num_workers == 0
-    assert 1 <= TaskLoader(Draws(), workers="auto").num_workers <= 4
-    assert TaskLoader(Draws(), num_workers="auto").num_workers >= 1
+def test_auto_measures_and_says_what_it_chose_and_why():
+    tested = TaskLoader(Waves(), workers="auto", batch_size=4)
+    before = global_states()
+    assert tested.num_workers in range(cores() + 1)
+    assert global_states() == before
+    assert "to create" in tested.choice.reason
+    assert read(tested, 3) == first(TaskLoader(Waves(), batch_size=4), 3)
+    assert TaskLoader(Draws(), workers=3).choice is None
 
 
 @pytest.mark.parametrize(

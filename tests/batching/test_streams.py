@@ -389,8 +389,8 @@ def test_what_the_seeded_generators_give_never_changes():
     with borrowed_global_generators():
         seed_global_generators(Stream(0, "golden"), 3, 4)
         assert random.random() == 0.19115936507123654
-        assert np.random.rand() == 0.13849795064631398
-        assert torch.randint(2**53, ()).item() == 73878708907592
+        assert np.random.rand() == 0.02698532993969449
+        assert torch.randint(2**53, ()).item() == 2184923679639239
 
 
 def test_each_place_of_each_stream_seeds_all_three_generators_differently():

@@ -385,9 +385,9 @@ def test_a_set_knows_whether_its_tasks_are_held_out(taskset, split):
     ("overrides", "share"),
     [
         (("loader=balanced",), 0.5),
-        (("loader=balanced", "loader.balance.alpha=0"), 0.2),
+        (("loader=balanced", "loader.balance.alpha=0", "loader.balance.kind=random"), 0.2),
         (("loader.balance={alpha: 0.5, kind: random}",), 0.35),
-        (("+loader.balance.alpha=0.5",), 0.35),
+        (("+loader.balance.alpha=1.0",), 0.5),
     ],
 )
 def test_a_configuration_says_in_which_shares_classes_come(overrides, share):
