@@ -34,6 +34,9 @@ COMMANDS = {
     "check": Command(
         "metabatch_cli.commands.check", "try a configuration, leave nothing", "+experiment=NAME …"
     ),
+    "bench": Command(
+        "metabatch_cli.commands.bench", "how fast: loaders, training steps", "WHAT [KEY=VALUE …]"
+    ),
     "ls": Command("metabatch_cli.commands.ls", "what there is: experiments, models …", "[GROUP]"),
 }
 

@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "engine": LEARNING | {"engine", "report", "config"},
     "report": LEARNING | {"engine", "report", "config"},
     "config": LEARNING | {"engine", "report", "config"},
-    "commands": LEARNING | {"engine", "report", "config"},
-    "app": LEARNING | {"engine", "report", "config", "commands"},
+    "bench": LEARNING | {"engine", "report", "config", "tasksets"},
+    "commands": LEARNING | {"engine", "report", "config", "tasksets", "bench"},
+    "app": LEARNING | {"engine", "report", "config", "tasksets", "bench", "commands"},
     "__main__": {"app"},
     "tasksets": {"batching"},
 }

@@ -239,7 +239,7 @@ class _Lent:
         self.in_use = False
         self.bits = np.random.MT19937(0)
         state = (ctypes.c_uint32 * (_KEY_WORDS + 1)).from_address(self.bits.ctypes.state_address)
-        self._state = np.frombuffer(state, dtype=np.uint32)
+        self._state = np.ctypeslib.as_array(state)
         self.states = _States(1)
 
     def seed_numpy(self, words: np.ndarray) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,9 @@ if TYPE_CHECKING:
 
 def main(words: list[str]) -> None:
     """A Hydra application like `train`, whose directories are nowhere."""
-    from metabatch_cli.commands.hydra_app import launch
+    from metabatch_cli.commands.hydra_app import launch, nowhere
 
-    scratch = tempfile.mkdtemp(prefix="metabatch-check-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    nowhere = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
-    launch("train", __name__, "metabatch check", words=[*words, *nowhere])
+    launch("train", __name__, "metabatch check", words=[*words, *nowhere()])
 
 
 def job(config: DictConfig) -> None:

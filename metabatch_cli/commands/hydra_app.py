@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +48,20 @@ def launch(
         sys.argv = [program, *options, *debug_last(overrides)]
     path = str(config_path or config_dir())
     hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
+
+
+def nowhere() -> list[str]:
+    """Overrides by which an application leaves no directory: Hydra's are temporary ones."""
+    scratch = tempfile.mkdtemp(prefix="metabatch-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+
+
+def complete_line(config_name: str, module: str, typed: list[str]) -> None:
+    """Print what may follow the words typed behind a verb; the shell is in `sys.argv`."""
+    os.environ["COMP_LINE"] = " ".join([os.path.basename(sys.argv[0]), *typed])
+    os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    launch(config_name, module, sys.argv[0])
 
 
 def sorted_out(words: list[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints, overload
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
@@ -28,6 +28,9 @@ PROVIDED: dict[str, set[str]] = {
     "scheduler": {"optimizer"},
 }
 
+Kind = TypeVar("Kind")
+Whole = TypeVar("Whole", bound=Config)
+
 _WORDING = {
     "greater than or equal to": "at least",
     "greater than": "more than",
@@ -38,26 +41,52 @@ _WORDING = {
     "a valid string": "text",
     "a valid dictionary": "a mapping",
     "a valid tuple": "a list",
+    "a valid list": "a list",
     "Tuple should have": "a list that has",
+    "List should have": "a list that has",
+    " after validation": "",
     "Field required": "a list with more entries",
 }
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
 
-def check(config: Mapping[str, Any]) -> Config:
-    """The configuration as an object, every part of it checked.
+def check_fields(kind: type[Kind], config: Mapping[str, Any]) -> Kind:
+    """The configuration as an object of its dataclass: names, types and bounds.
 
     Args:
+        kind: the dataclass.
         config: plain and resolved.
 
     Raises:
         ConfigError: the first key that cannot be as it is.
     """
     try:
-        checked = _adapter(Config).validate_python(dict(config))
+        checked = _adapter(cast(Any, kind)).validate_python(dict(config))
     except ValidationError as error:
-        raise _first_mistake(error, config) from None
-    _refuse_truth_for_numbers(Config, config)
+        raise _first_mistake(error, config, kind) from None
+    _refuse_truth_for_numbers(kind, config)
+    return cast(Kind, checked)
+
+
+@overload
+def check(config: Mapping[str, Any]) -> Config: ...
+
+
+@overload
+def check(config: Mapping[str, Any], kind: type[Whole]) -> Whole: ...
+
+
+def check(config: Mapping[str, Any], kind: type[Config] = Config) -> Config:
+    """The configuration of a training as an object, every part of it checked.
+
+    Args:
+        config: plain and resolved.
+        kind: `Config`, or what has further sections.
+
+    Raises:
+        ConfigError: the first key that cannot be as it is.
+    """
+    checked = check_fields(kind, config)
     for section in COMPONENTS:
         node = getattr(checked, section)
         if node or section != "scheduler":
@@ -277,12 +306,12 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
         return TypeAdapter(hint)  # a dataclass brings its own
 
 
-def _first_mistake(error: ValidationError, config: Mapping[str, Any]) -> UserError:
+def _first_mistake(error: ValidationError, config: Mapping[str, Any], kind: Any) -> UserError:
     mistakes = error.errors()
     first = mistakes[0]
     location = [str(part) for part in first["loc"]]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        key, known = ".".join(location), _keys_beside(location)
+        key, known = ".".join(location), _keys_beside(kind, location)
         return ConfigError(key, "there is no such key", allowed=known, wrong_name=location[-1])
     if first["type"].startswith("missing"):
         return ConfigError(
@@ -312,8 +341,7 @@ def _depth_in(config: Any, location: list[str]) -> int:
     return len(location)
 
 
-def _keys_beside(location: list[str]) -> list[str]:
-    kind: Any = Config
+def _keys_beside(kind: Any, location: list[str]) -> list[str]:
     hints = get_type_hints(kind)
     for part in location[:-1]:
         kind = _required(hints.get(part, kind))
@@ -325,7 +353,8 @@ def _wrong_value(
     key: str, value: Any, error: ValidationError, mistakes: list[Any] | None = None
 ) -> ConfigError:
     wanted: list[str] = []
-    for mistake in mistakes if mistakes is not None else error.errors():
+    mistakes = error.errors() if mistakes is None else mistakes
+    for mistake in mistakes:
         text = mistake["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         text = text.split(", unable to ")[0].split(", got a number")[0]
         text = text.split(", not ")[0]
@@ -334,4 +363,7 @@ def _wrong_value(
             text = text.replace(theirs, ours)
         if text not in wanted:
             wanted.append(text)
-    return ConfigError(key, "is not allowed", value=value, allowed=" or ".join(wanted))
+    names = re.findall(r"'([^']*)'", " ".join(wanted)) if isinstance(value, str) else []
+    near = nearest(str(value), names)
+    hint = f"\n  did you mean {near!r}?" if near else ""
+    return ConfigError(key, "is not allowed", value=value, allowed=" or ".join(wanted) + hint)

@@ -127,8 +127,12 @@ def _first(text: str | None) -> str:
     return (text or "").strip().splitlines()[0] if text else ""
 
 
-def explain(error: BaseException, words: Sequence[str] = ()) -> str:
-    """What to tell the person whose command, of these words, ended in this error."""
+def explain(error: BaseException, words: Sequence[str] = (), config_name: str = "train") -> str:
+    """What to tell the person whose command, of these words, ended in this error.
+
+    Args:
+        config_name: the primary configuration that the words changed.
+    """
     known = readable(error)
     if known is None:
         return (
@@ -137,10 +141,10 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str:
         )
     if isinstance(known, ConfigError) or "Could not override" not in str(known):
         return str(known)
-    return _unknown_override(str(known), words) or str(known)
+    return _unknown_override(str(known), words, config_name) or str(known)
 
 
-def _unknown_override(text: str, words: Sequence[str]) -> str | None:
+def _unknown_override(text: str, words: Sequence[str], config_name: str) -> str | None:
     """Hydra says which key it does not know; what there is says a composition without it."""
     from omegaconf import OmegaConf
 
@@ -156,7 +160,10 @@ def _unknown_override(text: str, words: Sequence[str]) -> str | None:
     rest = [w for w in words if "=" in w and not w.startswith("-") and key not in w.split("=")[0]]
     try:
         run = next((w.partition("=")[2] for w in words if w.startswith("run=")), None)
-        composed = compose(*rest) if run is None else OmegaConf.load(Path(run) / "config.yaml")
+        if run is None:
+            composed: Any = compose(*rest, config_name=config_name)
+        else:
+            composed = OmegaConf.load(Path(run) / "config.yaml")
         above = key.rpartition(".")[0]
         parent = OmegaConf.select(composed, above) if above else composed
         names = [str(name) for name in parent] if parent is not None else []

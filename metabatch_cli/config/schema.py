@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BeforeValidator, ConfigDict
 
 Component = dict[str, Any]
 """A `_target_`, the import path of a class or function, and its keyword arguments."""
 
 Count = Annotated[int, Ge(1)]
 Auto = Literal["auto"]
+
+_SEVERAL = (MinLen(1), BeforeValidator(lambda v: v if isinstance(v, list) else [v]))
+"""A list, where a single value is a list of one."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -206,3 +209,72 @@ class Config:
 
 
 COMPONENTS = ("taskset", "model", "learner", "optimizer", "scheduler")
+
+
+@dataclass
+class BenchTrainSection:
+    """How long a training is watched, and where that is written."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    seconds: Annotated[float, Gt(0)] = 10.0
+    """How long steps are measured, and the loader alone once more."""
+
+    warm_up: Count = 20
+    """Steps before the clock starts: memory is allocated, kernels are chosen or compiled."""
+
+    out: str | None = "bench-train.json"
+    """The JSON to write; null: none."""
+
+
+@dataclass
+class BenchTrainConfig(Config):
+    """A whole configuration of a training, and how it is watched."""
+
+    bench: BenchTrainSection = field(default_factory=BenchTrainSection)
+    """The measurement."""
+
+
+@dataclass
+class BenchLoaderConfig:
+    """Which loaders do which work, how often, and what becomes of the rates."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    work: Annotated[list[Literal["sine", "python", "images"]], *_SEVERAL] = field(
+        default_factory=lambda: ["sine", "python", "images"]
+    )
+    """Kinds of task."""
+
+    batch_sizes: Annotated[list[Count], *_SEVERAL] = field(default_factory=lambda: [16, 128])
+    """Tasks in a batch."""
+
+    max_batch_mib: Annotated[float, Gt(0)] = 100.0
+    """Batches of more MiB are left out: several are in memory at once."""
+
+    workers: Annotated[list[Annotated[int, Ge(0)]], *_SEVERAL] = field(
+        default_factory=lambda: [0, 1, 2]
+    )
+    """Worker processes, for the rivals that have some."""
+
+    rivals: Annotated[
+        list[Literal["bare", "naive", "dataloader", "metabatch", "ours", "ours_whole"]], *_SEVERAL
+    ] = field(
+        default_factory=lambda: ["bare", "naive", "dataloader", "metabatch", "ours", "ours_whole"]
+    )
+    """Who makes the batches; metabatch is version 0.9.1 from PyPI."""
+
+    seconds: Annotated[float, Gt(0)] = 2.0
+    """How long a rate is measured, each time."""
+
+    repeats: Count = 3
+    """Rounds over all rivals; medians count."""
+
+    out: str | None = "bench-loader.json"
+    """The JSON to write; null: none."""
+
+    figure: str | None = None
+    """The PNG to draw; null: none."""
+
+    read: str | None = None
+    """The JSON of an earlier run, to show and draw again without measuring; null: measure."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,34 @@ class Reporter:
                 yield
             finally:
                 self._bar = None
+
+    @contextmanager
+    def counting(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
+        """While `total` things are done; what it gives is told what is done next, each time."""
+        done, last_line = -1, time.monotonic()
+        bar = Progress(
+            TextColumn(f"[bold]{title}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        task = bar.add_task(title, total=total, status="")
+
+        def advance(status: str) -> None:
+            nonlocal done, last_line
+            done += 1
+            bar.update(task, completed=done, status=status)
+            if bar.disable and time.monotonic() - last_line >= LINE_EVERY:
+                last_line = time.monotonic()
+                self.say(f"{title} {done}/{total}  {status}")
+
+        with bar:
+            yield advance
 
     def advance(self, step: int, total: int, loss: float | None) -> None:
         """One more step is done; shown ten times a second, or a line every ten seconds."""
