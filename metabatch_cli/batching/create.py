@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 
+from metabatch_cli.batching.collate import padded, stacked
 from metabatch_cli.batching.plan import BatchSpec
+from metabatch_cli.batching.ragged import PaddedTask
 from metabatch_cli.batching.streams import (
     GeneratorStates,
     Stream,
@@ -43,7 +45,7 @@ class BatchMaker:
     ) -> None:
         self.taskset = taskset
         self.whole = makes_whole_batches(taskset)
-        self.collate = collate or default_collate
+        self.collate = collate or (padded if taskset.ragged else stacked)
         self._states = GeneratorStates(seed, split, "batch")
         self._task_stream = Stream(seed, split, "task")
 
@@ -105,7 +107,7 @@ def _surely_sendable(tree: Any) -> bool:
     kind = type(tree)
     if kind is dict:
         return all(_surely_sendable(part) for part in tree.values())
-    if kind in (tuple, list, Task):
+    if kind in (tuple, list, Task, PaddedTask):
         return all(_surely_sendable(part) for part in tree)
     if kind is Tensor:
         return not tree.requires_grad

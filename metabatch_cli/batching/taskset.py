@@ -76,6 +76,9 @@ class TaskSet(Dataset):
     queries) arrive as further keyword arguments. The first seven arguments are those of
     MetaBatch 0.9.1.
 
+    Where tasks cannot share their sizes (a table with a group for each), the class says
+    `ragged = True`.
+
     Args:
         min_pts: the fewest points in a context.
         max_ctx_pts: the most points in a context.
@@ -90,6 +93,11 @@ class TaskSet(Dataset):
     Raises:
         ValueError: sizes that contradict each other, a law or split that does not exist.
     """
+
+    ragged = False
+    """Whether every task has sizes of its own; `n_context` and `n_target` are then the most that
+    it should have. What `__gettask__` gives is padded to a batch, a `PaddedTask`; `__gettasks__`
+    returns a `PaddedTask` itself."""
 
     def __init__(
         self,
@@ -152,7 +160,10 @@ class TaskSet(Dataset):
         return None
 
     def oracle(self, tasks: Task) -> dict[str, Tensor] | None:
-        """The best possible score of each task, `[tasks]` by metric, where it is known."""
+        """The best possible score of each task, `[tasks]` by metric, where it is known.
+
+        A set with `ragged = True` is given a `PaddedTask`.
+        """
         return None
 
     def truth(self, tasks: Task, x: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.plan import BatchSpec
+from metabatch_cli.batching.ragged import PaddedTask, Tasks
 from metabatch_cli.batching.sizes import WORDS
 from metabatch_cli.batching.streams import (
     Stream,
@@ -51,7 +52,12 @@ class Scene:
         low, high = max(ends[0], 1), max(ends[1], 1)
         return sorted({round(size) for size in np.geomspace(low, high, _COLUMNS).tolist()})
 
-    def create(self, count: int, **wanted: int) -> Task:
+    def create_alike(self, count: int, **wanted: int) -> Task:
+        """Some tasks that share their sizes; of unequal ones the first points, as all have them."""
+        tasks = self.create(count, **wanted)
+        return tasks.common() if isinstance(tasks, PaddedTask) else tasks
+
+    def create(self, count: int, **wanted: int) -> Tasks:
         """Some tasks `[tasks, points, …]` of the law's sizes, except for those wanted."""
         stream = Stream(self.seed, self.taskset.split, "figure")
         drawn = self.taskset.law.draw([int(word) for word in stream.words(WORDS, 0)])
