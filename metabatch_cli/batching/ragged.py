@@ -111,14 +111,15 @@ class PackedTask(NamedTuple):
 
         Args:
             n_context: context points to fill up to; None for those of the largest task.
-            n_target: target points to fill up to; None for those of the largest task.
+            n_target: target points to fill up to; None for those of the largest task, but one if
+                no task has any: there is always something to predict, be it padding.
 
         Raises:
             ValueError: a task has more points.
         """
         n_contexts, n_targets = self.lengths
         context_mask = _prefixes("n_context", n_contexts, n_context)
-        target_mask = _prefixes("n_target", n_targets, n_target)
+        target_mask = _prefixes("n_target", n_targets, n_target, least=1)
         return PaddedTask(
             _spread(self.context_x, context_mask),
             _spread(self.context_y, context_mask),
@@ -215,14 +216,13 @@ def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
-def _prefixes(name: str, lengths: Tensor, wanted: int | None) -> Tensor:
+def _prefixes(name: str, lengths: Tensor, wanted: int | None, least: int = 0) -> Tensor:
     """The mask `[tasks, points]` of tasks that begin with their real points."""
     most = int(lengths.max()) if len(lengths) else 0
     if wanted is not None and wanted < most:
         raise ValueError(f"{name}={wanted} is too small: a task of the batch has {most} points")
-    return (
-        torch.arange(most if wanted is None else wanted, device=lengths.device) < lengths[:, None]
-    )
+    columns = max(most, least) if wanted is None else wanted
+    return torch.arange(columns, device=lengths.device) < lengths[:, None]
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

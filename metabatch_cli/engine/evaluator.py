@@ -119,7 +119,8 @@ def _score(
         judged = slice(None) if mask is None else mask.any(dim=1).cpu()
         with precision.autocast():
             own = learner.score(tasks)
-        for found, kept in ((own, scores), (loader.dataset.oracle(tasks) or {}, oracle)):
+        best = loader.dataset.oracle(tasks) or {}  # type: ignore[arg-type] # a ragged set takes it
+        for found, kept in ((own, scores), (best, oracle)):
             for name, values in found.items():
                 kept.setdefault(name, []).append(values.cpu().double()[judged])
     joined = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in (scores, oracle)]

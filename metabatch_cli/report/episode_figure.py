@@ -54,7 +54,9 @@ def draw_episodes(scene: Scene) -> Figure | None:
     wide = across * episode_width + (across - 1) * between + right
     figure = Figure(figsize=(max(wide, 5.0), head + ways * line + foot))  # room for the legend
     place = Inches(figure)
-    scale = PixelScale.of(tasks.context_x, scene.spec)
+    mask = tasks.context_mask
+    shown = tasks.context_x if mask is None else tasks.context_x[mask]
+    scale = PixelScale.of(shown, scene.spec)
 
     for number, episode in enumerate(episodes):
         corner = number * (episode_width + between) + left
