@@ -70,7 +70,7 @@ class PaddedTask(NamedTuple):
         )
 
     @classmethod
-    def join(cls, parts: Sequence[PaddedTask]) -> PaddedTask:
+    def join_padded(cls, parts: Sequence[PaddedTask]) -> PaddedTask:
         """Batches joined along the tasks, all padded to the longest of them."""
         names = cls._fields[:-1]
         columns = {name: [getattr(part, name) for part in parts] for name in names}

@@ -82,8 +82,8 @@ def concatenate(batches: list[Any]) -> Any:
     first = batches[0]
     if len(batches) == 1:
         return first
-    if isinstance(first, tuple) and hasattr(first, "join"):
-        return first.join(batches)
+    if hasattr(first, "join_padded"):
+        return first.join_padded(batches)
     if isinstance(first, Mapping):
         return {key: concatenate([batch[key] for batch in batches]) for key in first}
     if isinstance(first, tuple) and hasattr(first, "_fields"):

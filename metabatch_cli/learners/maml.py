@@ -175,11 +175,15 @@ class MAML(Learner):
 
     def _treats_points_apart(self, x: Tensor) -> bool:
         """Whether a point's output depends on no other point, so that padding cannot matter."""
+        if not x.is_floating_point():
+            return False  # nothing to differentiate by: one after the other is always right
         generator = torch.Generator().manual_seed(0)
         points = torch.randn(4, *x.shape[2:], generator=generator).to(x).requires_grad_()
         with torch.enable_grad():
-            first = self.model(points)[0].sum()
-            (gradient,) = torch.autograd.grad(first, points, allow_unused=True)
+            first = self.model(points)[0].flatten()
+            # weighted, since a plain sum may be constant (of probabilities it is 1)
+            weighted = first @ torch.arange(1, len(first) + 1).to(first)
+            (gradient,) = torch.autograd.grad(weighted, points, allow_unused=True)
         return gradient is None or not gradient[1:].any()
 
     def _adapt(self, weights: Weights, context: Points, steps: int) -> Weights:

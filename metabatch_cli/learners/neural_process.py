@@ -61,13 +61,14 @@ class NeuralProcess(Learner):
         context_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
     ) -> Distribution:
-        given = {"context_mask": context_mask, "target_mask": target_mask}
-        masks = {name: mask for name, mask in given.items() if mask is not None}
-        if "context_mask" in masks and "context_mask" not in self._asked_for:
+        if context_mask is None and target_mask is None:
+            return self.model(context_x, context_y, target_x)
+        if context_mask is not None and "context_mask" not in self._asked_for:
             raise TypeError(
                 f"{type(self.model).__name__} takes no context_mask, so that it cannot tell "
                 "padding from points: it learns from tasks of a common size only"
             )
+        masks = {"context_mask": context_mask, "target_mask": target_mask}
         return self.model(
             blank(context_x, context_mask),
             blank(context_y, context_mask),

@@ -190,6 +190,17 @@ def test_functions_of_unequal_sizes_are_drawn_without_padding(shown, tmp_path):
         assert min(line.get_ydata()) >= 5
 
 
+def test_tasks_without_targets_are_not_drawn(shown, tmp_path):
+    model, spec = NeuralProcess(CNP(1, 1, width=8)), TaskSpec((1,), (1,))
+    assert draw_predictions(model, Groups(1, 5, 9), tmp_path / "p.png", spec=spec)
+
+    class Nothing(Groups):
+        def __gettask__(self, index, n_context, n_target):
+            return super().__gettask__(index, n_context, 0)
+
+    assert draw_predictions(model, Nothing(1, 5, 9), tmp_path / "p.png", spec=spec) is None
+
+
 def test_episodes_of_unequal_sizes_are_drawn_without_padding(shown, tmp_path):
     class Flat(MLP):
         def forward(self, x):

@@ -328,6 +328,17 @@ def test_maml_adapts_padded_tasks_at_once_only_where_points_do_not_see_each_othe
     assert (apart._points_apart, together._points_apart) == (True, False)
 
 
+@pytest.mark.parametrize("dim_x", [1, 3])
+def test_outputs_whose_sum_is_constant_hide_no_dependence(dim_x):
+    class Share(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.sum(), -x.sum()]).softmax(0).expand(len(x), 2) + 0 * x[:, :1]
+
+    learner = MAML(nn.Sequential(nn.Linear(dim_x, 2), Share()).double())
+    assert not learner._treats_points_apart(torch.zeros(2, 3, dim_x, dtype=torch.float64))
+    assert not learner._treats_points_apart(torch.zeros(2, 3, dim_x, dtype=torch.uint8))
+
+
 def test_a_network_without_a_context_mask_is_refused_by_name():
     class Flat(nn.Module):
         def forward(self, context_x, context_y, target_x):
