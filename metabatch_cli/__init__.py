@@ -6,13 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metabatch_cli.batching import Task, TaskLoader, TaskSet
+    from metabatch_cli.batching import PackedTask, PaddedTask, Task, TaskLoader, TaskSet
     from metabatch_cli.config.compose import compose
     from metabatch_cli.engine.run import load_run, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "PackedTask": "metabatch_cli.batching",
+    "PaddedTask": "metabatch_cli.batching",
     "Task": "metabatch_cli.batching",
     "TaskLoader": "metabatch_cli.batching",
     "TaskSet": "metabatch_cli.batching",
@@ -21,7 +23,16 @@ _HOMES = {
     "train": "metabatch_cli.engine.run",
 }
 
-__all__ = ["Task", "TaskLoader", "TaskSet", "compose", "load_run", "train"]
+__all__ = [
+    "PackedTask",
+    "PaddedTask",
+    "Task",
+    "TaskLoader",
+    "TaskSet",
+    "compose",
+    "load_run",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

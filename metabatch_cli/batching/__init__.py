@@ -3,19 +3,25 @@
 from metabatch_cli.batching.balance import Balance
 from metabatch_cli.batching.loader import StateMismatch, TaskLoader
 from metabatch_cli.batching.plan import BatchSpec, Plan
+from metabatch_cli.batching.ragged import PackedTask, PaddedTask, Tasks, pack, pad
 from metabatch_cli.batching.task import Task, as_task, digest, slice_tasks
 from metabatch_cli.batching.taskset import TaskSet, TaskSpec
 
 __all__ = [
     "Balance",
     "BatchSpec",
+    "PackedTask",
+    "PaddedTask",
     "Plan",
     "StateMismatch",
     "Task",
     "TaskLoader",
     "TaskSet",
     "TaskSpec",
+    "Tasks",
     "as_task",
     "digest",
+    "pack",
+    "pad",
     "slice_tasks",
 ]

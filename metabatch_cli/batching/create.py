@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
+from metabatch_cli.batching.collate import padded, stacked
 from metabatch_cli.batching.plan import BatchSpec
 from metabatch_cli.batching.streams import (
     GeneratorStates,
@@ -39,7 +39,7 @@ class BatchMaker:
     ) -> None:
         self.taskset = taskset
         self.whole = makes_whole_batches(taskset)
-        self.collate = collate or default_collate
+        self.collate = collate or (padded if taskset.ragged else stacked)
         self.preserves = True
         """Whether the global generators' states are given back; a worker needs none of them."""
         self._states = GeneratorStates(seed, split, "batch")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from metabatch_cli.batching.ragged import Tasks
 
 
 class Task(NamedTuple):
@@ -30,6 +33,21 @@ class Task(NamedTuple):
     target_x: Tensor
     target_y: Tensor
     aux: dict[str, Tensor] = {}  # noqa: RUF012 (nobody writes into a default)
+
+    # what a PaddedTask has in these places, so that whoever asks need not tell them apart
+
+    @property
+    def context_mask(self) -> None:
+        """None: all context points are real."""
+
+    @property
+    def target_mask(self) -> None:
+        """None: all target points are real."""
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Nothing: there is no padding."""
+        return {}
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -69,10 +87,12 @@ def slice_tasks(tree: Any, start: int, stop: int) -> Any:
 
 
 def concatenate(batches: list[Any]) -> Any:
-    """Batches of the same structure joined along the tasks."""
+    """Batches of the same structure joined along the tasks; padded ones to the longest."""
     first = batches[0]
     if len(batches) == 1:
         return first
+    if hasattr(first, "join_padded"):
+        return first.join_padded(batches)
     if isinstance(first, Mapping):
         return {key: concatenate([batch[key] for batch in batches]) for key in first}
     if isinstance(first, tuple) and hasattr(first, "_fields"):
@@ -87,17 +107,33 @@ def concatenate(batches: list[Any]) -> Any:
     )
 
 
-def as_task(batch: Any) -> Task:
+def as_task(batch: Any) -> Tasks:
     """Any batch that has the four fields, by name or by position, as a `Task`.
+
+    One that also has the two masks, by name, is a `PaddedTask`.
 
     Raises:
         TypeError: the batch has other fields.
     """
     if isinstance(batch, Task):
         return batch
+    from metabatch_cli.batching.ragged import PackedTask, PaddedTask  # which is made of ours
+
+    if isinstance(batch, PaddedTask):
+        return batch
+    if isinstance(batch, PackedTask):
+        raise TypeError("a PackedTask has no dimension of tasks: make it a batch with .padded()")
     names = Task._fields
     if hasattr(batch, "_asdict"):
         batch = batch._asdict()
+    if isinstance(batch, Mapping) and {"context_mask", "target_mask"} & set(batch):
+        missing = [name for name in PaddedTask._fields[:-1] if name not in batch]
+        if missing:
+            raise TypeError(
+                f"a padded batch needs both masks and the four fields; this one is "
+                f"{_outline(batch)}, without {', '.join(missing)}"
+            )
+        return PaddedTask(**{name: batch[name] for name in PaddedTask._fields if name in batch})
     if isinstance(batch, Mapping) and set(names[:4]) <= set(batch):
         return Task(**{name: batch[name] for name in names if name in batch})
     if isinstance(batch, (tuple, list)) and len(batch) in (4, 5):

@@ -76,6 +76,9 @@ class TaskSet(Dataset):
     queries) arrive as further keyword arguments. The first seven arguments are those of
     MetaBatch 0.9.1.
 
+    Where tasks cannot share their sizes (a table with a group for each), the class says
+    `ragged = True`.
+
     Attributes:
         classes: the class of each task where tasks have one, integers `[n_tasks]` from 0 to the
             number of classes − 1, as an array, a tensor or a list; else None. It is what
@@ -97,6 +100,11 @@ class TaskSet(Dataset):
     """
 
     classes: Any = None
+
+    ragged = False
+    """Whether every task has sizes of its own; `n_context` and `n_target` are then the most that
+    it should have. What `__gettask__` gives is padded to a batch, a `PaddedTask`; `__gettasks__`
+    returns a `PaddedTask` itself."""
 
     def __init__(
         self,
@@ -159,7 +167,10 @@ class TaskSet(Dataset):
         return None
 
     def oracle(self, tasks: Task) -> dict[str, Tensor] | None:
-        """The best possible score of each task, `[tasks]` by metric, where it is known."""
+        """The best possible score of each task, `[tasks]` by metric, where it is known.
+
+        A set with `ragged = True` is given a `PaddedTask`.
+        """
         return None
 
     def truth(self, tasks: Task, x: Tensor) -> Tensor | None:

@@ -43,7 +43,7 @@ def job(config: DictConfig) -> None:
             )
         rate = _rate(lambda: next(batches))
     task = as_task(first)
-    shapes = [(name, _outline(getattr(task, name))) for name in task._fields[:4]]
+    shapes = [(name, _outline(getattr(task, name))) for name in task._fields if name != "aux"]
     reporter.plan("batch", [*shapes, *((f"aux.{k}", _outline(v)) for k, v in task.aux.items())])
 
     from metabatch_cli.engine.evaluator import evaluate

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from metabatch_cli.batching.loader import TaskLoader
-from metabatch_cli.batching.task import as_task, slice_tasks
+from metabatch_cli.batching.ragged import PaddedTask
+from metabatch_cli.batching.task import as_task
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from metabatch_cli.config.check import FROM_SPEC, is_taskset, locate, merged, test_sets
 from metabatch_cli.config.errors import ConfigError, UserError
@@ -173,11 +174,12 @@ def spec_of(taskset: TaskSet, batch: Any) -> TaskSpec:
     if taskset.spec is not None:
         return taskset.spec
     try:
-        task = slice_tasks(as_task(batch), 0, 1)
+        tasks = as_task(batch)
     except TypeError as error:
         raise ConfigError("taskset", str(error)) from error
-    x_shape = tuple(task.context_x.shape[2:])
-    if task.context_y.is_floating_point():
-        return TaskSpec(x_shape=x_shape, y_shape=tuple(task.context_y.shape[2:]))
-    ways = int(max(task.context_y.max(), task.target_y.max())) + 1
+    x_shape = tuple(tasks.context_x.shape[2:])
+    if tasks.context_y.is_floating_point():
+        return TaskSpec(x_shape=x_shape, y_shape=tuple(tasks.context_y.shape[2:]))
+    real = tasks.packed() if isinstance(tasks, PaddedTask) else tasks
+    ways = 1 + max(int(labels.max()) for labels in (real.context_y, real.target_y) if len(labels))
     return TaskSpec(x_shape=x_shape, y_shape=(), kind="classification", ways=ways)

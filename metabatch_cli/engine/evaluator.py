@@ -57,6 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a learner on the first `n_tasks` tasks of every set (all of a smaller finite one).
 
+    Tasks that have no target are among the `n_tasks`, but have no score and are not counted.
+
     Args:
         loaders: by the qualifiers of each set, such as `shots=5`; "" for none.
         precision: of the learner.
@@ -113,11 +115,14 @@ def _score(
         batch = slice_tasks(loader.batch_at(step), 0, keep)
         sha.update(digest(batch).encode())
         tasks = precision.prepare(batch)
+        mask = tasks.target_mask
+        judged = slice(None) if mask is None else mask.any(dim=1).cpu()
         with precision.autocast():
             own = learner.score(tasks)
-        for found, kept in ((own, scores), (loader.dataset.oracle(tasks) or {}, oracle)):
+        best = loader.dataset.oracle(tasks) or {}  # type: ignore[arg-type] # a ragged set takes it
+        for found, kept in ((own, scores), (best, oracle)):
             for name, values in found.items():
-                kept.setdefault(name, []).append(values.cpu().double())
+                kept.setdefault(name, []).append(values.cpu().double()[judged])
     joined = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in (scores, oracle)]
     return joined[0], joined[1], sha.hexdigest()
 

@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metabatch_cli.batching.auto import measure
 from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.ragged import PaddedTask
 from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from metabatch_cli.config import build
@@ -57,18 +59,25 @@ class Parts:
         """Let the learner look at two tasks: what does not fit together says so before a run."""
         tasks = slice_tasks(self.precision.prepare(self.loader.batch_at(0)), 0, 2)
         for part in ("context", "target"):
-            points = [getattr(tasks, f"{part}_{of}").shape[1] for of in "xy"]
-            if points[0] != points[1]:
+            points = {
+                name: getattr(tasks, name).shape[1]
+                for name in tasks._fields
+                if name.startswith(part)
+            }
+            if len(set(points.values())) > 1:
+                found = [f"{count} in {name}" for name, count in points.items()]
                 raise ConfigError(
                     "taskset",
-                    f"{type(self.taskset).__name__} makes tasks of {points[0]} points in {part}_x "
-                    f"and {points[1]} in {part}_y",
+                    f"{type(self.taskset).__name__} makes tasks whose points are "
+                    f"{', '.join(found[:-1])} and {found[-1]}",
                 )
         learner = deepcopy(self.learner).eval()  # which may count, or keep running statistics
         try:
             with random_states.preserved(), torch.no_grad(), self.precision.autocast():
-                learner(tasks)
+                loss = learner(tasks)
                 scores = learner.score(tasks)
+            if isinstance(tasks, PaddedTask):
+                self.try_padding(learner, tasks, loss)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             model = self.config.model["_target_"].rpartition(".")[2]
             raise ConfigError(
@@ -109,6 +118,27 @@ class Parts:
         except Exception:
             return {}
         return {"step": seconds, "busy_cores": max(statistics.median(cpu) / seconds, 1.0)}
+
+    def try_padding(self, learner: Learner, tasks: PaddedTask, loss: Tensor) -> None:
+        """Raise ConfigError if the loss depends on what stands in the padding, or on its length."""
+        packed = tasks.packed()
+        longer = packed.padded(*(int(lengths.max()) + 1 for lengths in packed.lengths))
+        filled = {
+            f"{part}_{of}": getattr(longer, f"{part}_{of}").clone()
+            for part in ("context", "target")
+            for of in "xy"
+        }
+        for name, values in filled.items():
+            values[~getattr(longer, f"{name[:-2]}_mask")] = 100 if values.is_floating_point() else 1
+        with random_states.preserved(), torch.no_grad(), self.precision.autocast():
+            other = learner(longer._replace(**filled))
+        if not torch.allclose(loss, other, rtol=0.02, equal_nan=True):
+            raise ConfigError(
+                "learner",
+                f"{type(learner).__name__} takes padding for points: with other numbers behind "
+                f"the same tasks its loss is {other.item():.4g} instead of {loss.item():.4g}; it "
+                "has to heed tasks.context_mask and tasks.target_mask (models/masking.py helps)",
+            )
 
     def check_monitor(self) -> None:
         """Raise ConfigError now, not at the first validation, if nothing has that name."""
@@ -210,7 +240,7 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
     return [
         ("task set", f"{kind}{drawn_from}, {count}"),
-        ("sizes", plan.law.describe()),
+        ("sizes", plan.law.describe() + (", or fewer" if parts.taskset.ragged else "")),
         ("loader", f"{plan.batch_size} tasks a batch, {made}"),
         ("model", f"{model}, {parameters:,} parameters"),
         ("learner", type(parts.learner).__name__),

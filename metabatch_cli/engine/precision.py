@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabatch_cli.batching.task import Task, as_task, tree_map
+from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.batching.task import as_task, tree_map
 from metabatch_cli.learners.learner import Learner
 
 
@@ -29,8 +30,8 @@ class Precision:
         """The learner with weights of this precision (32 bits for bf16), on the device."""
         return learner.to(self.device, self.dtype)
 
-    def prepare(self, batch: Any) -> Task:
-        """A loader's batch as a `Task` whose floating-point numbers are of this precision."""
+    def prepare(self, batch: Any) -> Tasks:
+        """A loader's batch as tasks whose floating-point numbers are of this precision."""
 
         def convert(leaf: Any) -> Any:
             floating = isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from metabatch_cli.batching.loader import StateMismatch, TaskLoader
-from metabatch_cli.batching.task import Task, slice_tasks
+from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.config.schema import TrainerConfig
 from metabatch_cli.engine import checkpoint, random_states
@@ -128,16 +129,17 @@ class Trainer:
         done = self.step >= self.config.max_steps
         return self.stop.received is not None or done or out_of_time or out_of_patience
 
-    def update(self, tasks: Task) -> Tensor:
+    def update(self, tasks: Tasks) -> Tensor:
         """One optimisation step; returns the loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
         total = len(tasks.target_x)
+        judged = self.judged(tasks)
         size = -(-total // self.config.accumulate)
         losses = []
         for start in range(0, total, size):
             part = slice_tasks(tasks, start, min(start + size, total)) if size < total else tasks
             with self.precision.autocast():
-                loss = self.compute_loss(part) * (len(part.target_x) / total)
+                loss = self.compute_loss(part) * (self.judged(part) / judged)
             loss.backward()
             losses.append(loss.detach())
         if self.config.clip_norm is not None:
@@ -237,6 +239,13 @@ class Trainer:
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now."""
         return self.step % every == 0 or self.step == self.config.max_steps
+
+    def judged(self, tasks: Tasks) -> int | Tensor:
+        """How many tasks the mean in a loss is over: those with targets; at least one."""
+        if tasks.target_mask is None:
+            return len(tasks.target_x)
+        with_targets = tasks.target_mask.any(dim=1)
+        return with_targets.sum(dtype=self.precision.dtype).clamp(min=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of metrics to all loggers."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metabatch_cli.batching.task import Task
+from metabatch_cli.batching.ragged import Tasks
 
 
 class Metric(NamedTuple):
@@ -28,6 +28,10 @@ class Learner(nn.Module):
 
     A learner is built with `model=` and, where its constructor asks for them, the fields of the
     task set's spec (`dim_x`, `dim_y`, `ways`).
+
+    Tasks of unequal sizes come as a `PaddedTask`. What stands in the padding changes nothing, and
+    a task's loss and scores are those that it has alone. `tasks.target_mask`, which is None of a
+    plain `Task`, goes to `masked_mean` and its like (models/masking.py) in both cases.
     """
 
     has_spread = True
@@ -38,14 +42,28 @@ class Learner(nn.Module):
         """The entry of `score` that picks the best checkpoint."""
         raise NotImplementedError
 
-    def forward(self, tasks: Task) -> Tensor:
-        """The loss of a batch of tasks, a scalar: the mean over its tasks."""
+    def forward(self, tasks: Tasks) -> Tensor:
+        """The loss of a batch of tasks, a scalar: the mean over its tasks that have targets."""
         raise NotImplementedError
 
-    def score(self, tasks: Task) -> dict[str, Tensor]:
-        """Scores of each task by name, `[tasks]`; a name may end in `@steps=1` and the like."""
+    def score(self, tasks: Tasks) -> dict[str, Tensor]:
+        """Scores of each task by name, `[tasks]`; a name may end in `@steps=1` and the like.
+
+        NaN for a task without targets, which evaluation leaves out.
+        """
         raise NotImplementedError
 
-    def predict(self, context_x: Tensor, context_y: Tensor, target_x: Tensor) -> Distribution:
-        """The distribution of y at the targets, batch `[tasks, n_target]`."""
+    def predict(
+        self,
+        context_x: Tensor,
+        context_y: Tensor,
+        target_x: Tensor,
+        context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Distribution:
+        """The distribution of y at the targets, batch `[tasks, n_target]`.
+
+        With masks `[tasks, points]` (`**tasks.masks`), only the real points say anything, and
+        what is predicted at padding means nothing.
+        """
         raise NotImplementedError

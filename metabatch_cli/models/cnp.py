@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
+from metabatch_cli.models.masking import masked_mean
 from metabatch_cli.models.mlp import Activation, layers
 
 
@@ -48,20 +49,29 @@ class CNP(nn.Module):
             [width + dim_x, *[width] * (decoder_depth - 1), 2 * dim_y], activation
         )
 
-    def forward(self, context_x: Tensor, context_y: Tensor, target_x: Tensor) -> Distribution:
+    def forward(
+        self,
+        context_x: Tensor,
+        context_y: Tensor,
+        target_x: Tensor,
+        context_mask: Tensor | None = None,
+    ) -> Distribution:
         """The predictive distribution at the targets.
 
         Args:
             context_x: `[tasks, n_context, dim_x]`; `n_context` may be 0.
             context_y: `[tasks, n_context, dim_y]`.
             target_x: `[tasks, n_target, dim_x]`.
+            context_mask: bool `[tasks, n_context]`, True where a point is real; None if all are.
+                Padding is finite.
 
         Returns:
             Normal, batch `[tasks, n_target]`, event `[dim_y]`.
         """
         n_tasks, n_target, _ = target_x.shape
         if context_x.shape[1]:
-            code = self.encoder(torch.cat([context_x, context_y], dim=-1)).mean(dim=1)
+            codes = self.encoder(torch.cat([context_x, context_y], dim=-1))
+            code = masked_mean(codes, context_mask)
         else:
             code = target_x.new_zeros(n_tasks, self.width)
         code = code[:, None, :].expand(n_tasks, n_target, self.width)

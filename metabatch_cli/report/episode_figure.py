@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from metabatch_cli.batching.task import Task
+from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.report.pixels import PixelScale
 from metabatch_cli.report.scene import Scene
 from metabatch_cli.report.style import (
@@ -32,7 +32,10 @@ def draw_episodes(scene: Scene) -> Figure | None:
         return None
     tasks = scene.create(2)
     _, height, width = scene.spec.x_shape
-    guesses = scene.learner.predict(*tasks[:3]).logits.argmax(dim=-1)  # type: ignore[attr-defined]
+    prediction = scene.learner.predict(
+        tasks.context_x, tasks.context_y, tasks.target_x, **tasks.masks
+    )
+    guesses = prediction.logits.argmax(dim=-1)  # type: ignore[attr-defined]
     episodes = [_Episode.of(tasks, guesses, number) for number in range(len(guesses))]
     ways = max(len(episode.support) for episode in episodes)
     shots = max(len(row) for episode in episodes for row in episode.support)
@@ -51,7 +54,9 @@ def draw_episodes(scene: Scene) -> Figure | None:
     wide = across * episode_width + (across - 1) * between + right
     figure = Figure(figsize=(max(wide, 5.0), head + ways * line + foot))  # room for the legend
     place = Inches(figure)
-    scale = PixelScale.of(tasks.context_x, scene.spec)
+    mask = tasks.context_mask
+    shown = tasks.context_x if mask is None else tasks.context_x[mask]
+    scale = PixelScale.of(shown, scene.spec)
 
     for number, episode in enumerate(episodes):
         corner = number * (episode_width + between) + left
@@ -95,29 +100,37 @@ class _Episode:
     ways: int
 
     @classmethod
-    def of(cls, tasks: Task, guesses: Tensor, number: int) -> _Episode:
-        ways = int(tasks.context_y[number].max()) + 1
+    def of(cls, tasks: Tasks, guesses: Tensor, number: int) -> _Episode:
+        # no class is −1: padding is drawn nowhere
+        support_y, query_y = (
+            labels[number] if mask is None else labels[number].masked_fill(~mask[number], -1)
+            for labels, mask in (
+                (tasks.context_y, tasks.context_mask),
+                (tasks.target_y, tasks.target_mask),
+            )
+        )
+        ways = int(support_y.max()) + 1
         shown = range(min(ways, _WAYS))
 
         def of_class(labels: Tensor, way: int, most: int) -> list[int]:
-            return (labels[number] == way).nonzero()[:most, 0].tolist()
+            return (labels == way).nonzero()[:most, 0].tolist()
 
         def image(x: Tensor, point: int) -> np.ndarray:
             return numbers(x[number, point].permute(1, 2, 0))
 
         support = [
-            [image(tasks.context_x, point) for point in of_class(tasks.context_y, way, _SHOTS)]
+            [image(tasks.context_x, point) for point in of_class(support_y, way, _SHOTS)]
             for way in shown
         ]
         queries = [
             [
                 (image(tasks.target_x, point), int(guesses[number, point]))
-                for point in of_class(tasks.target_y, way, _QUERIES)
+                for point in of_class(query_y, way, _QUERIES)
             ]
             for way in shown
         ]
-        hits = guesses[number] == tasks.target_y[number]
-        return cls(support, queries, int(hits.sum()), len(hits), ways)
+        right, asked = int((guesses[number] == query_y).sum()), int((query_y >= 0).sum())
+        return cls(support, queries, right, asked, ways)
 
     def title(self, number: int) -> str:
         asked = counted(self.asked, "query", "queries")

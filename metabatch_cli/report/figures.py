@@ -57,7 +57,8 @@ def draw_predictions(
     Returns:
         `path`, or None where nothing can be drawn: an unknown kind, a function of several
         variables, images that the set does not give as a whole, a classification of what are
-        not images.
+        not images, tasks without any target. Of functions of unequal sizes the points that all
+        of them have are shown.
 
     Raises:
         ValueError: `context_sizes` that are no numbers of points.

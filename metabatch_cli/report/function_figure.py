@@ -43,7 +43,9 @@ def draw_functions(scene: Scene) -> Figure | None:
         return None
     sizes = scene.context_sizes()
     one_size = len(sizes) == 1
-    tasks = scene.create(4 if one_size else 3, n_context=max(sizes), n_target=_HELD_OUT)
+    tasks = scene.create_alike(4 if one_size else 3, n_context=max(sizes), n_target=_HELD_OUT)
+    if tasks is None:
+        return None
     sizes = within(sizes, tasks.context_x.shape[1])
     grid = _dense_grid(tasks)
     truth = scene.taskset.truth(tasks, grid)

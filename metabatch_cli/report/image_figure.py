@@ -23,8 +23,8 @@ def draw_images(scene: Scene) -> Figure | None:
     _, height, width = scene.spec.image_shape
     sizes = [min(size, height * width) for size in scene.context_sizes()]
     count = 4 if len(sizes) <= 5 else 2
-    tasks = scene.create(count, n_context=max(sizes), n_target=height * width)
-    if tasks.target_x.shape[1] != height * width:
+    tasks = scene.create_alike(count, n_context=max(sizes), n_target=height * width)
+    if tasks is None or tasks.target_x.shape[1] != height * width:
         return None
     sizes = within(sizes, tasks.context_x.shape[1])
     count = len(tasks.target_x)

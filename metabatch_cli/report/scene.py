@@ -12,13 +12,14 @@ from torch import Tensor
 
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.plan import BatchSpec
+from metabatch_cli.batching.ragged import PaddedTask, Tasks
 from metabatch_cli.batching.sizes import WORDS
 from metabatch_cli.batching.streams import (
     Stream,
     borrowed_global_generators,
     seed_global_generators,
 )
-from metabatch_cli.batching.task import Task, as_task, to_device
+from metabatch_cli.batching.task import Task, as_task, slice_tasks, to_device, tree_map
 from metabatch_cli.batching.taskset import TaskSet, TaskSpec, n_tasks
 from metabatch_cli.learners.learner import Learner
 
@@ -51,7 +52,20 @@ class Scene:
         low, high = max(ends[0], 1), max(ends[1], 1)
         return sorted({round(size) for size in np.geomspace(low, high, _COLUMNS).tolist()})
 
-    def create(self, count: int, **wanted: int) -> Task:
+    def create_alike(self, count: int, **wanted: int) -> Task | None:
+        """Some tasks that share their sizes; of unequal ones as many points as all of them have.
+
+        The largest of several times as many are taken. None if even they have no targets.
+        """
+        tasks = self.create(4 * count if self.taskset.ragged else count, **wanted)
+        if not isinstance(tasks, PaddedTask):
+            return slice_tasks(tasks, 0, count)
+        points = torch.minimum(tasks.context_mask.sum(dim=1), tasks.target_mask.sum(dim=1))
+        largest = points.argsort(descending=True, stable=True)[:count]
+        alike = tree_map(lambda leaf: leaf[largest.to(leaf.device)], tasks).common()
+        return alike if alike.target_x.shape[1] else None
+
+    def create(self, count: int, **wanted: int) -> Tasks:
         """Some tasks `[tasks, points, …]` of the law's sizes, except for those wanted."""
         stream = Stream(self.seed, self.taskset.split, "figure")
         drawn = self.taskset.law.draw([int(word) for word in stream.words(WORDS, 0)])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metabatch_cli.batching import Task, TaskLoader, TaskSet, digest
+from metabatch_cli.batching import Task, TaskLoader, TaskSet, digest, pad
 from metabatch_cli.batching.streams import uniforms
 
 
@@ -81,6 +81,37 @@ class Episodes(Example):
         assert context.shape[1] == n_context
         assert target.shape[1] == n_target
         return Task(context[..., None], context, target[..., None], target)
+
+
+class Ragged(Example):
+    """Single tasks, each with a number of points of its own."""
+
+    ragged = True
+
+    def __gettask__(self, index, n_context, n_target):
+        c, t = random.randint(0, n_context), random.randint(0, n_target)
+        x = torch.rand(c + t, 1)
+        y = torch.sin(6 * x + index)
+        return Task(x[:c], y[:c], x[c:], y[c:], {"index": torch.tensor(index)})
+
+
+class RaggedWhole(Example):
+    """The same as whole batches."""
+
+    ragged = True
+
+    def __gettasks__(self, indices, n_context, n_target, generator):
+        def points(index: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+            count = int(torch.randint(most + 1, (), generator=generator))
+            x = torch.rand(count, 1, generator=generator)
+            return x, torch.sin(6 * x + index)
+
+        return pad(
+            [
+                Task(*points(index, n_context), *points(index, n_target))
+                for index in indices.tolist()
+            ]
+        )
 
 
 class Fails(Waves):

@@ -260,6 +260,48 @@ class Labelled(Minimal):
         return (torch.arange(50) % 5 == 0).long()
 
 
+class Groups(TaskSet):
+    """A group for each task, some with fewer points than others, some all context, no target."""
+
+    ragged = True
+
+    def __init__(self, min_pts: int, max_ctx_pts: int, max_tgt_pts: int) -> None:
+        super().__init__(min_pts, max_ctx_pts, max_tgt_pts)
+
+    def __len__(self):
+        return 50
+
+    def __gettask__(self, index, n_context, n_target):
+        size = 1 + 3 * index % 8
+        x = np.random.uniform(-2, 2, (size, 1))
+        y = np.sin(x + index) + random.gauss(0, 0.01)
+        n_context = min(n_context, size)
+        stop = n_context + n_target
+        return x[:n_context], y[:n_context], x[n_context:stop], y[n_context:stop]
+
+
+class WholeGroups(TaskSet):
+    """The like as whole batches, by the names of the fields, NaN for what is not there."""
+
+    ragged = True
+
+    def __init__(self, min_pts: int, max_ctx_pts: int, max_tgt_pts: int) -> None:
+        super().__init__(min_pts, max_ctx_pts, max_tgt_pts)
+
+    def __len__(self):
+        return 50
+
+    def __gettasks__(self, indices, n_context, n_target, generator):
+        fields = {}
+        for part, most in (("context", n_context), ("target", n_target)):
+            x = torch.randn(len(indices), most, 1, generator=generator)
+            mask = torch.rand(len(indices), most, generator=generator) < 0.7
+            x[~mask] = torch.nan
+            y = torch.sin(x + indices[:, None, None])
+            fields |= {f"{part}_x": x, f"{part}_y": y, f"{part}_mask": mask}
+        return fields
+
+
 # --- what a directory holds ------------------------------------------------------------------
 
 

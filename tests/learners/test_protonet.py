@@ -35,7 +35,8 @@ def test_a_prototype_is_the_mean_of_its_class_whatever_the_order_and_the_shots(w
     labels = torch.arange(ways).repeat_interleave(shots)
     labels = labels[torch.randperm(len(labels), generator=generator)]
     embedded = normal(2, len(labels), 3, seed=seed)
-    means = class_means(embedded, labels.expand(2, -1))
+    means, shots_found = class_means(embedded, labels.expand(2, -1))
+    assert shots_found.tolist() == [shots.tolist()] * 2
     by_hand = torch.stack([embedded[:, labels == k].mean(1) for k in range(ways)], dim=1)
     torch.testing.assert_close(means, by_hand)
 

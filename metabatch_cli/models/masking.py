@@ -1,0 +1,61 @@
+"""Padding that counts for nothing: means over real points, where a mask says which these are.
+
+Without a mask every point is real, and nothing is computed that would not be computed anyway.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def blank(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values with 0 in the place of padding, whatever stood there.
+
+    A product with 0 would not do: of a NaN or an infinity it makes a NaN, if not in the loss,
+    then in a gradient.
+
+    Args:
+        values: `[tasks, points, …]`, or any shape that begins with the mask's.
+        mask: bool `[tasks, points]`, True where a point is real; None if all are.
+    """
+    return values if mask is None else values.masked_fill(~_aligned(mask, values), 0)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None, dim: int = 1, empty: float = 0.0) -> Tensor:
+    """The mean over real points: of `[tasks, points, …]` → `[tasks, …]`.
+
+    Args:
+        values: numbers of each point, finite where they are padding if a gradient is wanted.
+        mask: bool, of the shape that `values` begins with; None if all points are real.
+        dim: that of the points.
+        empty: the mean where a task has no real point.
+    """
+    if mask is None:
+        return values.mean(dim=dim)
+    count = _aligned(mask, values).sum(dim=dim)
+    mean = blank(values, mask).sum(dim=dim) / count.clamp(min=1)
+    return mean.masked_fill(count == 0, empty)
+
+
+def mean_over_tasks(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean `[]` of `[tasks]` over the tasks that have a real target; 0 if none has."""
+    if mask is None:
+        return values.mean()
+    judged = mask.any(dim=1)
+    return blank(values, judged).sum() / judged.sum().clamp(min=1)
+
+
+def mean_loss(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """From the losses `[tasks, targets]` of all targets to one, in which every task counts alike.
+
+    The mean of each task over its own real targets, then the mean over the tasks that have any.
+    Where all tasks have the same number of targets, this is the mean over all.
+    """
+    if mask is None:
+        return losses.mean()
+    return mean_over_tasks(masked_mean(losses, mask), mask)
+
+
+def _aligned(mask: Tensor, values: Tensor) -> Tensor:
+    """The mask with a dimension of 1 for each that it lacks."""
+    return mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim()))
