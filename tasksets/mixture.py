@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torch.utils.data import default_collate
 
+from metabatch_cli.batching.collate import stacked
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
 from metabatch_cli.batching.streams import (
     Stream,
@@ -360,11 +360,13 @@ class Mixture(TaskSet):
                 for position, index in enumerate(indices.tolist()):
                     seed_global_generators(stream, 0, position)
                     tasks.append(taskset.__gettask__(index, n_context, n_target, **more))
-            made = default_collate(tasks)
+            made = stacked(tasks)
         try:
-            return as_task(made)
+            task = as_task(made)
         except TypeError as error:
             raise TypeError(f"tasksets.{self._name(number)}: {error}") from error
+        assert isinstance(task, Task)
+        return task
 
     def _example(self, number: int, sizes: Mapping[str, int]) -> Task:
         """One task of a component: what its fields look like, for a batch that has none of it."""

@@ -159,6 +159,11 @@ class TaskLoader:
         # also at garbage collection, and at exit before multiprocessing ends daemons its own way
         self._finalizer = Finalize(self, _close_all, (self._open_transports,), exitpriority=10)
 
+    @property
+    def makes_whole_batches(self) -> bool:
+        """Whether the task set implements `__gettasks__`."""
+        return self._maker.whole
+
     # --- workers ---------------------------------------------------------------------------
 
     @property

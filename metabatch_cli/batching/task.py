@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,20 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(tree_map(function, value) for value in tree)
     return function(tree)
+
+
+def tree_paths(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a tree with its place, such as `aux.parameters` or `[0]`."""
+    if hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from tree_paths(value, f"{path}.{key}" if path else f"{key}")
+    elif isinstance(tree, (tuple, list)):
+        for number, value in enumerate(tree):
+            yield from tree_paths(value, f"{path}[{number}]")
+    else:
+        yield path, tree
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:

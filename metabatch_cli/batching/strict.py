@@ -1,0 +1,162 @@
+"""Strict mode: makes batches again in another order, to catch what seeds do not reach."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.task import digest, tree_paths
+
+_STEPS = (0, 1, 2, 3, 1000)
+_LARGE = 100_000  # numbers in an array beyond which nobody looks whether it changes
+
+
+class NotReproducible(ValueError):
+    """Batches depend on something else than seed and step; says on what, as far as it shows."""
+
+
+def check_strictly(loader: TaskLoader, steps: Sequence[int] = _STEPS) -> None:
+    """Make some batches forwards, and again backwards.
+
+    A task set passes if its batches follow from seed and step alone, so that workers, resumes
+    and ranks cannot change them, and if it leaves the caller's generators alone.
+
+    Args:
+        loader: whose batches; nothing of it changes.
+        steps: which ones.
+
+    Raises:
+        NotReproducible: the first difference by step, field and task, and its cause: a global
+            generator, a generator that the task set owns, an attribute that changes.
+    """
+    name = type(loader.dataset).__name__
+    with _kept_global_states():
+        before = _outline(loader.dataset)
+        expected: dict[int, Any] = {}
+        moved = _moved_by(lambda: expected.update((step, loader.batch_at(step)) for step in steps))
+        cause = _changes(before, _outline(loader.dataset), name)
+        if moved:
+            cause = f"it draws from the global generator of {moved}"
+        for step in reversed(steps):
+            place = _difference(expected[step], loader.batch_at(step))
+            if place is not None:
+                raise NotReproducible(
+                    f"{name} is not reproducible: {place} of step {step}, made twice, differs; "
+                    f"{cause or 'it has a state or a generator that no seed reaches'}\n"
+                    f"  batch: {loader.plan.spec(step)}\n"
+                    f"  {_advice(loader)}"
+                )
+    if moved:
+        raise NotReproducible(
+            f"{name} draws from the global generator of {moved}, which belongs to the program "
+            f"around it\n  {_advice(loader)}"
+        )
+
+
+def _advice(loader: TaskLoader) -> str:
+    if loader.makes_whole_batches:
+        return "draw from the generator that __gettasks__ is given, and from nothing else"
+    return (
+        "in __gettask__ draw from random, numpy.random or torch's global functions: the loader "
+        "seeds all three for every task"
+    )
+
+
+def _difference(expected: Any, found: Any) -> str | None:
+    """Where two batches differ, by field and task; None where they do not."""
+    if digest(expected) == digest(found):
+        return None
+    one, two = dict(tree_paths(expected)), dict(tree_paths(found))
+    for path, leaf in one.items():
+        other = two.get(path)
+        if digest(leaf) == digest(other):
+            continue
+        if not isinstance(leaf, Tensor) or not isinstance(other, Tensor) or not leaf.ndim:
+            return path
+        if leaf.shape != other.shape:
+            return f"{path}, once {list(leaf.shape)} and once {list(other.shape)},"
+        for task, (left, right) in enumerate(zip(leaf, other, strict=True)):
+            if digest(left) != digest(right):
+                return f"{path} of task {task}"
+    return "its structure"
+
+
+# --- causes ------------------------------------------------------------------------------------
+
+
+def _moved_by(action: Callable[[], object]) -> str | None:
+    """The name of a global generator that an action draws from."""
+    before = _global_states()
+    action()
+    after = _global_states()
+    return next((name for name in before if before[name] != after[name]), None)
+
+
+def _global_states() -> dict[str, str]:
+    state: Any = np.random.get_state(legacy=False)
+    return {
+        "random": repr(random.getstate()),
+        "numpy.random": _text_of(state),
+        "torch": digest(torch.default_generator.get_state()),
+    }
+
+
+@contextmanager
+def _kept_global_states() -> Iterator[None]:
+    python_state = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    torch_state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
+
+
+def _outline(taskset: Any) -> dict[str, tuple[str, str]]:
+    """What each attribute is and holds, as far as that is quickly seen."""
+    return {name: (_kind(value), _text_of(value)) for name, value in vars(taskset).items()}
+
+
+def _changes(
+    before: dict[str, tuple[str, str]], after: dict[str, tuple[str, str]], name: str
+) -> str | None:
+    for attribute, (kind, held) in after.items():
+        if attribute not in before or before[attribute][1] != held:
+            return f"{name}.{attribute}, {kind}, changes while tasks are made"
+    return None
+
+
+def _kind(value: Any) -> str:
+    module = type(value).__module__.partition(".")[0]
+    kind = type(value).__qualname__
+    return f"a {kind}" if module == "builtins" else f"a {module}.{kind}"
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, np.random.Generator):
+        return _text_of(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return _text_of(value.get_state(legacy=False))
+    if isinstance(value, random.Random):
+        return repr(value.getstate())
+    if isinstance(value, torch.Generator):
+        return digest(value.get_state())
+    if isinstance(value, (Tensor, np.ndarray)):
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        return digest(value) if size <= _LARGE else f"{value.shape}"
+    if isinstance(value, dict):
+        return repr([(key, _text_of(held)) for key, held in list(value.items())[:1000]])
+    if isinstance(value, (list, tuple)):
+        return repr([len(value), *map(_text_of, value[:1000])])
+    if isinstance(value, (int, float, str, bytes, bool, type(None), set, frozenset)):
+        return repr(value)
+    return ""

@@ -1,0 +1,107 @@
+"""A trial before a run: a copy of the learner looks at tasks, so that what is wrong says so now."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metabatch_cli.batching.auto import measure
+from metabatch_cli.batching.ragged import PaddedTask
+from metabatch_cli.batching.task import slice_tasks
+from metabatch_cli.config.errors import ConfigError
+from metabatch_cli.engine import random_states
+from metabatch_cli.learners.learner import Learner
+
+if TYPE_CHECKING:
+    from metabatch_cli.engine.parts import Parts
+
+
+def try_out(parts: Parts) -> None:
+    """Let the learner look at two tasks: what does not fit together says so before a run."""
+    tasks = slice_tasks(parts.precision.prepare(parts.loader.batch_at(0)), 0, 2)
+    for part in ("context", "target"):
+        points = {
+            name: getattr(tasks, name).shape[1] for name in tasks._fields if name.startswith(part)
+        }
+        if len(set(points.values())) > 1:
+            found = [f"{count} in {name}" for name, count in points.items()]
+            raise ConfigError(
+                "taskset",
+                f"{type(parts.taskset).__name__} makes tasks whose points are "
+                f"{', '.join(found[:-1])} and {found[-1]}",
+            )
+    learner = deepcopy(parts.learner).eval()  # which may count, or keep running statistics
+    try:
+        with random_states.preserved(), torch.no_grad(), parts.precision.autocast():
+            loss = learner(tasks)
+            scores = learner.score(tasks)
+        if isinstance(tasks, PaddedTask):
+            try_padding(parts, learner, tasks, loss)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        model = parts.config.model["_target_"].rpartition(".")[2]
+        raise ConfigError(
+            "learner",
+            f"{type(learner).__name__} around {model} cannot learn from these tasks: "
+            f"{type(error).__name__}: {error}",
+        ) from error
+    if learner.metric.name not in scores:
+        raise ConfigError(
+            "learner",
+            f"its metric {learner.metric.name!r} is not among its scores",
+            allowed=scores,
+            wrong_name=learner.metric.name,
+        )
+
+
+def measure_step(parts: Parts) -> dict[str, float]:
+    """Seconds of a training step without its data, and CPU cores that it keeps busy.
+
+    Of a copy of the learner, and without a trace in any random state. Nothing where it fails:
+    what is wrong will show, and be recorded, in training.
+    """
+    learner = deepcopy(parts.learner).train()
+    tasks = parts.precision.prepare(parts.loader.batch_at(0))
+    cpu: list[float] = []
+
+    def step() -> None:
+        began = time.process_time()
+        learner.zero_grad(set_to_none=True)
+        with parts.precision.autocast():
+            loss = learner(tasks)
+        loss.backward()
+        loss.item()  # waits for a GPU to get there
+        cpu.append(time.process_time() - began)
+
+    try:
+        with random_states.preserved():
+            seconds = measure(step)
+    except Exception:
+        return {}
+    return {"step": seconds, "busy_cores": max(statistics.median(cpu) / seconds, 1.0)}
+
+
+def try_padding(parts: Parts, learner: Learner, tasks: PaddedTask, loss: Tensor) -> None:
+    """Raise ConfigError if the loss depends on what stands in the padding, or on its length."""
+    packed = tasks.packed()
+    longer = packed.padded(*(int(lengths.max()) + 1 for lengths in packed.lengths))
+    filled = {
+        f"{part}_{of}": getattr(longer, f"{part}_{of}").clone()
+        for part in ("context", "target")
+        for of in "xy"
+    }
+    for name, values in filled.items():
+        values[~getattr(longer, f"{name[:-2]}_mask")] = 100 if values.is_floating_point() else 1
+    with random_states.preserved(), torch.no_grad(), parts.precision.autocast():
+        other = learner(longer._replace(**filled))
+    if not torch.allclose(loss, other, rtol=0.02, equal_nan=True):
+        raise ConfigError(
+            "learner",
+            f"{type(learner).__name__} takes padding for points: with other numbers behind "
+            f"the same tasks its loss is {other.item():.4g} instead of {loss.item():.4g}; it "
+            "has to heed tasks.context_mask and tasks.target_mask (models/masking.py helps)",
+        )
