@@ -48,7 +48,8 @@ class Family:
 
     def parameters(self, uniform: Tensor) -> Tensor:
         """Parameters `[tasks, parameters]` from numbers of [0, 1) of the same shape."""
-        return self.low + self.width * uniform.to(self.low.dtype)
+        low, width = (bound.to(uniform.device) for bound in (self.low, self.width))
+        return low + width * uniform.to(low.dtype)
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, ...]:
         return parameters[:, None, None, :].unbind(-1)
@@ -133,6 +134,8 @@ class Functions(TaskSet):
             every task.
     """
 
+    creates_anywhere = True
+
     def __init__(
         self,
         dataset: Family,
@@ -179,17 +182,18 @@ class Functions(TaskSet):
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
     ) -> Task:
         count, names = len(indices), self.dataset.names
+        anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
         if self.n_tasks is None:
-            uniform = torch.rand(count, len(names), generator=generator)
+            uniform = torch.rand(count, len(names), **anywhere)
         else:
             uniform = uniforms(indices, len(names), self.split, "functions")
         parameters = self.dataset.parameters(uniform)
         low, high = self.x_range
-        x = torch.rand(count, n_context + n_target, 1, generator=generator)
+        x = torch.rand(count, n_context + n_target, 1, **anywhere)
         x = x.mul_(high - low).add_(low)
         y = self.dataset(x, parameters)
         if self.noise:
-            y = y + self.noise * torch.randn(y.shape, generator=generator)
+            y = y + self.noise * torch.randn(y.shape, **anywhere)
         return Task(
             x[:, :n_context],
             y[:, :n_context],

@@ -13,8 +13,10 @@ from metabatch_cli.batching.collate import padded, stacked
 from metabatch_cli.batching.plan import BatchSpec
 from metabatch_cli.batching.streams import (
     GeneratorStates,
+    StepStream,
     Stream,
     borrowed_global_generators,
+    one_at_a_time,
     seed_global_generators,
 )
 from metabatch_cli.batching.task import concatenate
@@ -28,6 +30,11 @@ class BatchMaker:
         taskset: whose tasks.
         seed, split: choose the streams.
         collate: joins a list of tasks; only for sets of `__gettask__`.
+        device: creates whole batches there, from that device's own generator: other numbers
+            than on the CPU. None for the CPU.
+
+    Raises:
+        ValueError: a task set that cannot create on a device.
     """
 
     def __init__(
@@ -36,27 +43,41 @@ class BatchMaker:
         seed: int,
         split: str,
         collate: Callable[[list[Any]], Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        if device is not None and not (taskset.creates_anywhere and makes_whole_batches(taskset)):
+            raise ValueError(
+                f"create_on='device': {type(taskset).__name__} creates on the CPU; a set whose "
+                "__gettasks__ computes where its generator is says `creates_anywhere = True`"
+            )
         self.taskset = taskset
         self.whole = makes_whole_batches(taskset)
         self.collate = collate or (padded if taskset.ragged else stacked)
         self.preserves = True
         """Whether the global generators' states are given back; a worker needs none of them."""
+        self.device = device
+        self._seeds = StepStream(seed, split, "device", width=4)
         self._states = GeneratorStates(seed, split, "batch")
         self._task_stream = Stream(seed, split, "task")
 
-    def __getitem__(self, spec: BatchSpec) -> Any:
-        threads = torch.get_num_threads()
-        if threads > 1:  # sums and factorisations have other bits on two (a worker has one)
-            torch.set_num_threads(1)
-        try:
-            return self._make_whole(spec) if self.whole else self._make_each(spec)
-        except Exception as error:
-            error.add_note(self.note(spec))
-            raise
-        finally:
-            if threads > 1:
-                torch.set_num_threads(threads)
+    def __call__(self, spec: BatchSpec) -> Any:
+        """The batch of a spec.
+
+        Raises:
+            Exception: what the task set raises, with a note that names the spec.
+        """
+        with one_at_a_time:
+            threads = torch.get_num_threads()
+            if threads > 1:  # sums and factorisations have other bits on two (a worker has one)
+                torch.set_num_threads(1)
+            try:
+                return self._make_whole(spec) if self.whole else self._make_each(spec)
+            except Exception as error:
+                error.add_note(self.note(spec))
+                raise
+            finally:
+                if threads > 1:
+                    torch.set_num_threads(threads)
 
     def note(self, spec: BatchSpec) -> str:
         """What to say about an error at a spec."""
@@ -79,12 +100,16 @@ class BatchMaker:
     def _make_shard(
         self, step: int, sizes: Mapping[str, int], indices: np.ndarray, shard: int
     ) -> Any:
-        generator = torch.Generator()
-        generator.set_state(self._states.at(step, shard))
+        numbers = torch.from_numpy(indices)
+        if self.device is None:
+            generator = torch.Generator()
+            generator.set_state(self._states.at(step, shard))
+        else:
+            generator = torch.Generator(self.device)
+            generator.manual_seed(self._seeds.at(step, shard)[0] >> 1)
+            numbers = numbers.to(self.device)
         n_context, n_target, more = _split(sizes)
-        return self.taskset.__gettasks__(
-            torch.from_numpy(indices), n_context, n_target, generator=generator, **more
-        )
+        return self.taskset.__gettasks__(numbers, n_context, n_target, generator=generator, **more)
 
     def _make_each(self, spec: BatchSpec) -> Any:
         tasks = []

@@ -8,7 +8,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from metabatch_cli.batching.balance import Balance, as_balance
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
 from metabatch_cli.batching.plan import Plan
-from metabatch_cli.batching.streams import STREAM_VERSION
+from metabatch_cli.batching.streams import DEVICE_STREAM_VERSION, STREAM_VERSION
 from metabatch_cli.batching.taskset import TaskSet, n_tasks
 from metabatch_cli.batching.transport import Transport
 
@@ -75,6 +75,9 @@ class TaskLoader:
         balance: the shares of the task set's `classes` in a batch, a `Balance` or a mapping of
             its `alpha` and `kind`; batches are then drawn one by one and always full. Needs
             `shuffle`.
+        create_on: `"device"` creates whole batches on `device`, for a task set that
+            `creates_anywhere`: nothing has to be moved. Its generator gives other numbers than
+            the CPU's, and other ones on other kinds of devices.
 
     Raises:
         ValueError, TypeError: arguments that cannot be or do not fit together, by name.
@@ -105,6 +108,7 @@ class TaskLoader:
         world_size: int = 1,
         shards: int = 1,
         balance: Balance | Mapping[str, Any] | None = None,
+        create_on: Literal["cpu", "device"] = "cpu",
     ) -> None:
         if not isinstance(dataset, TaskSet):
             raise TypeError(f"TaskLoader reads a TaskSet, not a {type(dataset).__name__}")
@@ -141,13 +145,24 @@ class TaskLoader:
             balance=as_balance(balance),
             classes=dataset.classes,
         )
-        self._maker = BatchMaker(dataset, self.seed, dataset.split, collate_fn)
+        if create_on not in ("cpu", "device"):
+            raise ValueError(f"create_on={create_on!r}: choose from cpu, device")
+        self.create_on = create_on
+        there = (self.device or torch.device("cpu")) if create_on == "device" else None
+        self._maker = BatchMaker(dataset, self.seed, dataset.split, collate_fn, there)
         if self._maker.whole and collate_fn is not None:
             raise TypeError(
                 f"collate_fn joins single tasks, but {type(dataset).__name__} makes whole batches "
                 "(__gettasks__): leave collate_fn out"
             )
         self._workers = _check_workers(num_workers if workers is None else workers)
+        if create_on == "device":
+            if self._workers:
+                raise ValueError(
+                    f"workers={self._workers} make tasks on the CPU: with create_on='device' "
+                    "leave them out, or 0"
+                )
+            self._workers = 0
         self.choice: Choice | None = None
         """Why there are so many workers, where that was left to the loader."""
         self._step = 0  # batches that were handed out, over all epochs
@@ -158,6 +173,11 @@ class TaskLoader:
         self._open_transports: list[Transport] = []  # none or one
         # also at garbage collection, and at exit before multiprocessing ends daemons its own way
         self._finalizer = Finalize(self, _close_all, (self._open_transports,), exitpriority=10)
+
+    @property
+    def stream_version(self) -> int:
+        """The law of the random streams; the same seed gives the same tasks under the same law."""
+        return DEVICE_STREAM_VERSION if self.create_on == "device" else STREAM_VERSION
 
     @property
     def makes_whole_batches(self) -> bool:
@@ -219,7 +239,7 @@ class TaskLoader:
         Args:
             step: counted from 0 over all epochs.
         """
-        return self._landing.finish(self._maker[self.plan.spec(_at_least("step", step, 0))])
+        return self._landing.finish(self._maker(self.plan.spec(_at_least("step", step, 0))))
 
     def _read(self, steps: range) -> Iterator[Any]:
         loads = self._loads
@@ -237,7 +257,7 @@ class TaskLoader:
                 if batches is not None:
                     batch = next(batches)
                 else:
-                    batch = maker[spec(step)]
+                    batch = maker(spec(step))
                     if landing.moves:
                         batch = landing.finish(batch)
                 self._step = step + 1
@@ -302,7 +322,7 @@ class TaskLoader:
         plan, kind = self.plan, type(self.dataset)
         return {
             "version": STATE_VERSION,
-            "stream_version": STREAM_VERSION,
+            "stream_version": self.stream_version,
             "seed": self.seed,
             "split": _number_of(plan.split),
             "taskset": _number_of(f"{kind.__module__}.{kind.__qualname__}"),

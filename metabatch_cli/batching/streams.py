@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,26 @@ import torch
 # Raised whenever the same seed would no longer give the same tasks: a run that was trained
 # under another law must not be resumed under this one.
 STREAM_VERSION = 2
+DEVICE_STREAM_VERSION = 1002  # of tasks created on a device, by that device's own generator
 
 _TWISTER_WORDS = 312  # 64-bit words in a Mersenne Twister, torch's CPU generator and numpy's
 _KEY_WORDS = 2 * _TWISTER_WORDS  # the same in 32-bit words
 _TWISTER_OFFSET = 24  # where they begin in the bytes of `torch.Generator.get_state()`
 _TWISTER_BYTES = 5056
 _AHEAD = 64  # steps that a StepStream makes at once: the states of generators fill 320 KB then
+
+
+one_at_a_time = threading.RLock()
+"""Held while a batch is created: the global generators, and the memory here, are lent to one
+thread at a time."""
+
+
+def _renew_lock() -> None:
+    # whoever held it is not in the fork
+    one_at_a_time._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Stream:
@@ -54,11 +69,12 @@ class Stream:
         Args:
             skip: words before the first one, a multiple of four.
         """
-        self._counter[0] = skip // 4
-        self._counter[2] = minor
-        self._counter[3] = major
-        self._philox.state = self._state
-        return self._philox.random_raw(count)
+        with one_at_a_time:
+            self._counter[0] = skip // 4
+            self._counter[2] = minor
+            self._counter[3] = major
+            self._philox.state = self._state
+            return self._philox.random_raw(count)
 
     def fill(self, generator: torch.Generator, major: int, minor: int = 0) -> None:
         """Put a CPU generator at the start of the stream at (major, minor)."""
@@ -219,10 +235,11 @@ def uniforms(indices: torch.Tensor, count: int, *name: str) -> torch.Tensor:
     """
     digest = hashlib.blake2b(repr(name).encode(), digest_size=8, person=b"metabatch-v1").digest()
     key = np.frombuffer(digest, dtype=np.uint64)
-    cells: Any = indices.numpy().astype(np.uint64)[:, None] * np.uint64(count)
+    cells: Any = indices.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(count)
     cells = cells + np.arange(count, dtype=np.uint64)
     words = _splitmix64(_splitmix64(cells) ^ key)
-    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    units = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return units.to(indices.device)
 
 
 def _splitmix64(words: Any) -> Any:

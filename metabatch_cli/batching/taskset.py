@@ -101,6 +101,10 @@ class TaskSet(Dataset):
 
     classes: Any = None
 
+    creates_anywhere = False
+    """Whether `__gettasks__` computes on the device of its generator, whatever that is: what
+    `TaskLoader(…, create_on="device")` needs."""
+
     ragged = False
     """Whether every task has sizes of its own; `n_context` and `n_target` are then the most that
     it should have. What `__gettask__` gives is padded to a batch, a `PaddedTask`; `__gettasks__`

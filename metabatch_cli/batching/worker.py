@@ -140,7 +140,7 @@ def _make(
     for step in order.steps:
         try:
             spec = plan.spec(step)
-            batch = maker[spec]
+            batch = maker(spec)
             try:
                 batches.append(packer.pack(batch))
             except TypeError as error:

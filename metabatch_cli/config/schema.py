@@ -60,6 +60,9 @@ class LoaderConfig:
     device: str = "auto"
     """Where model and batches live: cpu, cuda, cuda:1, mps; auto: cuda where there is one."""
 
+    create_on: Literal["cpu", "device"] = "cpu"
+    """Where tasks are created; device: by the device's own generator, other tasks than cpu's."""
+
     shuffle: bool = True
     """Whether every epoch of a finite task set has an order of its own."""
 

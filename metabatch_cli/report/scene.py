@@ -75,7 +75,7 @@ class Scene:
         attempts = [drawn | wanted, largest, drawn, smallest]
         for number, sizes in enumerate(attempts, start=1):
             try:
-                batch = maker[BatchSpec(0, 0, sizes, indices, 0, len(indices))]
+                batch = maker(BatchSpec(0, 0, sizes, indices, 0, len(indices)))
             except Exception:
                 # a table has no more rows than it has: its own sizes are the next best
                 if number == len(attempts):

@@ -46,22 +46,22 @@ def maker(taskset, seed: int = 0, **more) -> BatchMaker:
 def test_a_batch_does_not_depend_on_those_made_before_it(kind, before, step):
     taskset = kind(None)
     asked = specs(taskset, 12)
-    expected = digest(maker(taskset)[asked[step]])
+    expected = digest(maker(taskset)(asked[step]))
     used = maker(taskset)
     for other in before:
-        used[asked[other]]
-    assert digest(used[asked[step]]) == expected
+        used(asked[other])
+    assert digest(used(asked[step])) == expected
 
 
 @both
 def test_a_batch_does_not_depend_on_the_global_generators(kind):
     taskset = kind(None)
     (spec,) = specs(taskset, 1)
-    expected = digest(maker(taskset)[spec])
+    expected = digest(maker(taskset)(spec))
     global_draws()
     np.random.seed(1)
     torch.manual_seed(5)
-    assert digest(maker(taskset)[spec]) == expected
+    assert digest(maker(taskset)(spec)) == expected
 
 
 def of_one_task(spec: BatchSpec) -> BatchSpec:
@@ -76,7 +76,7 @@ def test_every_step_seed_and_split_draws_anew(kind, n_tasks):
     for split in ("train", "val", "test"):
         taskset = kind(n_tasks, split=split, sizes="fixed")
         for seed in (0, 1, 2**32, -1):
-            made = [maker(taskset, seed)[of_one_task(spec)] for spec in specs(taskset, 5)]
+            made = [maker(taskset, seed)(of_one_task(spec)) for spec in specs(taskset, 5)]
             found += digests(slice_tasks(batch, i, i + 1) for batch in made for i in range(4))
     assert len(set(found)) == len(found) == 3 * 4 * 5 * 4
 
@@ -85,13 +85,13 @@ def test_every_step_seed_and_split_draws_anew(kind, n_tasks):
 @pytest.mark.parametrize("shards", [1, 4, 64])
 def test_no_two_tasks_of_a_batch_share_their_draws(kind, shards):
     taskset = kind(None, sizes="fixed")
-    batch = maker(taskset)[of_one_task(specs(taskset, 1, 64, shards=shards)[0])]
+    batch = maker(taskset)(of_one_task(specs(taskset, 1, 64, shards=shards)[0]))
     assert len(set(digests(slice_tasks(batch, i, i + 1) for i in range(64)))) == 64
 
 
 def test_an_index_names_its_task_and_only_its_points_are_drawn_anew():
     taskset = Waves(3)
-    early, late = (maker(taskset)[spec] for spec in (specs(taskset, 9, 3)[i] for i in (0, 8)))
+    early, late = (maker(taskset)(spec) for spec in (specs(taskset, 9, 3)[i] for i in (0, 8)))
     assert early.aux["index"].tolist() == late.aux["index"].tolist() == [0, 1, 2]
     assert not torch.equal(early.context_x[:, :1], late.context_x[:, :1])
 
@@ -106,20 +106,20 @@ def test_an_index_names_its_task_and_only_its_points_are_drawn_anew():
 def test_parts_made_apart_are_the_parts_of_the_batch(kind, shards, world_size, each, step):
     taskset, batch_size = kind(None), each * 6
     whole = specs(taskset, step + 1, batch_size, shards=shards)[step]
-    batch = maker(taskset)[whole]
+    batch = maker(taskset)(whole)
     if shards % world_size == 0:
         parts = [
-            maker(taskset)[
+            maker(taskset)(
                 specs(
                     taskset, step + 1, batch_size, shards=shards, world_size=world_size, rank=rank
                 )[step]
-            ]
+            )
             for rank in range(world_size)
         ]
         assert digest(concatenate(parts)) == digest(batch)
     shorter = slice_tasks(batch, 0, batch_size // shards)
     alone = specs(taskset, step + 1, batch_size, shards=shards, world_size=shards)[step]
-    assert digest(maker(taskset)[alone]) == digest(shorter)
+    assert digest(maker(taskset)(alone)) == digest(shorter)
 
 
 @both
@@ -128,7 +128,7 @@ def test_a_pickled_maker_makes_the_same_batches(kind):
     original = maker(taskset, 3)
     copy = pickle.loads(pickle.dumps(original))
     for spec in specs(taskset, 3):
-        assert digest(copy[pickle.loads(pickle.dumps(spec))]) == digest(original[spec])
+        assert digest(copy(pickle.loads(pickle.dumps(spec)))) == digest(original(spec))
 
 
 # --- what it leaves alone ----------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_making_a_batch_leaves_the_global_generators_alone(kind):
     global_draws()
     before = global_states()
     for spec in specs(taskset, 3):
-        maker(taskset)[spec]
+        maker(taskset)(spec)
     assert global_states() == before
 
 
@@ -149,7 +149,7 @@ def test_a_task_that_fails_leaves_generators_and_threads_alone(kind):
     taskset = kind(8)
     threads, before = torch.get_num_threads(), global_states()
     with pytest.raises(ArithmeticError):
-        maker(taskset)[specs(taskset, 2)[1]]
+        maker(taskset)(specs(taskset, 2)[1])
     assert global_states() == before
     assert torch.get_num_threads() == threads
 
@@ -166,7 +166,7 @@ def test_what_a_task_set_does_to_its_indices_does_not_reach_the_plan(n_batches):
     taskset = Rewrites(20)
     of = Plan(n_tasks=20, law=taskset.law, batch_size=4, shuffle=True, n_batches=n_batches)
     expected = of.indices(1).tolist()
-    maker(taskset)[of.spec(1)]
+    maker(taskset)(of.spec(1))
     assert of.indices(1).tolist() == expected
 
 
@@ -188,7 +188,7 @@ class ArgumentsAlone(Example):
 def test_a_whole_batch_gets_int64_indices_sizes_and_a_generator():
     taskset = Arguments()
     spec = specs(taskset, 2)[1]
-    maker(taskset)[spec]
+    maker(taskset)(spec)
     indices, n_context, n_target, generator, more = taskset.seen
     assert indices.dtype == torch.int64
     assert indices.tolist() == [4, 5, 6, 7]
@@ -200,7 +200,7 @@ def test_a_whole_batch_gets_int64_indices_sizes_and_a_generator():
 def test_a_single_task_gets_a_plain_index_and_sizes():
     taskset = ArgumentsAlone()
     spec = specs(taskset, 2)[1]
-    maker(taskset)[spec]
+    maker(taskset)(spec)
     assert taskset.seen == (7, spec.n_context, spec.n_target, {})
     assert type(taskset.seen[0]) is int
 
@@ -208,24 +208,24 @@ def test_a_single_task_gets_a_plain_index_and_sizes():
 @pytest.mark.parametrize("kind", [Arguments, ArgumentsAlone])
 def test_further_sizes_arrive_as_keyword_arguments(kind):
     taskset = kind(sizes={"law": "way_shot", "ways": 5, "shots": 1, "queries": 2})
-    maker(taskset)[specs(taskset, 1)[0]]
+    maker(taskset)(specs(taskset, 1)[0])
     assert taskset.seen[-1] == {"ways": 5, "shots": 1, "queries": 2}
 
 
 def test_episodes_of_changing_ways_and_shots_can_be_stacked():
     taskset = Episodes(n_tasks=None)
     for spec in specs(taskset, 20, shards=2):
-        batch = maker(taskset)[spec]
+        batch = maker(taskset)(spec)
         assert batch.context_y.shape == (4, spec.sizes["ways"] * spec.sizes["shots"])
         assert batch.target_y.shape == (4, spec.sizes["ways"] * 2)
 
 
 def test_collate_gets_the_list_of_tasks_in_order():
     taskset = Draws()
-    tasks = maker(taskset, collate=lambda tasks: tasks)[specs(taskset, 1)[0]]
+    tasks = maker(taskset, collate=lambda tasks: tasks)(specs(taskset, 1)[0])
     assert isinstance(tasks, list)
     assert [task["index"] for task in tasks] == [0, 1, 2, 3]
-    stacked = maker(taskset)[specs(taskset, 1)[0]]
+    stacked = maker(taskset)(specs(taskset, 1)[0])
     assert torch.equal(stacked["torch"], torch.stack([task["torch"] for task in tasks]))
 
 
@@ -238,7 +238,7 @@ def test_tasks_are_made_on_one_thread_and_the_others_come_back():
     taskset, threads = Threads(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert maker(taskset)[specs(taskset, 1)[0]].tolist() == [1, 1, 1, 1]
+        assert maker(taskset)(specs(taskset, 1)[0]).tolist() == [1, 1, 1, 1]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -252,7 +252,7 @@ def test_an_error_in_a_task_carries_the_spec(kind, said):
     taskset = kind(8)
     spec = specs(taskset, 2)[1]
     with pytest.raises(ArithmeticError, match=said) as error:
-        maker(taskset)[spec]
+        maker(taskset)(spec)
     (note,) = error.value.__notes__
     assert note == f"while creating {spec!r} of {kind.__name__}"
     assert "indices=[4, 5, 6, 7]" in note
@@ -264,5 +264,5 @@ def test_an_error_in_joining_tasks_carries_the_spec_too():
 
     taskset = Draws()
     with pytest.raises(ArithmeticError) as error:
-        maker(taskset, collate=refuse)[specs(taskset, 1)[0]]
+        maker(taskset, collate=refuse)(specs(taskset, 1)[0])
     assert "step=0" in error.value.__notes__[0]

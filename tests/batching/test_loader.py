@@ -140,6 +140,24 @@ def test_batch_at_can_be_asked_in_any_order_and_between_reads(kind):
     assert tested.state_dict()["step"] == 6
 
 
+@both
+def test_batches_can_be_asked_for_by_several_threads_at_once(kind):
+    tested = loader(kind())
+    expected = first(tested, 40)
+    found: dict[int, str] = {}
+
+    def ask(steps: range) -> None:
+        found.update((step, digest(tested.batch_at(step))) for step in steps)
+
+    threads = [threading.Thread(target=ask, args=(range(n, 40, 4),)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    assert read(tested, 40) == expected
+    for thread in threads:
+        thread.join()
+    assert [found[step] for step in range(40)] == expected
+
+
 def test_there_is_no_batch_before_the_first():
     with pytest.raises(ValueError, match="step=-1 must be at least 0"):
         loader(Waves()).batch_at(-1)
@@ -709,6 +727,47 @@ def test_only_persistent_workers_live_on_from_epoch_to_epoch(persistent):
     assert len(early) == len(late) == 2
     assert os.getpid() not in early | late
     assert (early == late) == persistent
+
+
+# --- creation on the device --------------------------------------------------------------------
+
+
+class Anywhere(Waves):
+    creates_anywhere = True
+
+    def __gettasks__(self, indices, n_context, n_target, generator):
+        assert indices.device == generator.device
+        return super().__gettasks__(indices, n_context, n_target, generator)
+
+
+def test_tasks_created_on_the_device_are_a_stream_of_their_own():
+    there = loader(Anywhere(), create_on="device", device="cpu")
+    assert first(there, 12) == read(there, 12)
+    assert len({*first(there, 12), *first(loader(Anywhere()), 12)}) == 24
+    assert first(there, 3) != first(loader(Anywhere(), create_on="device", seed=8), 3)
+    with pytest.raises(StateMismatch, match="stream_version is 1002 in the state"):
+        loader(Anywhere()).load_state_dict(there.state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_tasks_created_on_a_gpu_are_there_and_the_same_again():
+    there = loader(Anywhere(), create_on="device", device="cuda")
+    assert next(iter(there)).context_x.is_cuda
+    assert first(there, 6) == first(loader(Anywhere(), create_on="device", device="cuda"), 6)
+
+
+@pytest.mark.parametrize("kind", [Waves, Draws])
+def test_a_set_that_creates_on_the_cpu_only_says_so(kind):
+    with pytest.raises(ValueError, match=rf"create_on='device': {kind.__name__} creates on the"):
+        loader(kind(), create_on="device")
+
+
+def test_creation_on_the_device_needs_no_workers():
+    assert loader(Anywhere(), create_on="device", workers="auto").num_workers == 0
+    with pytest.raises(ValueError, match="workers=2 make tasks on the CPU"):
+        loader(Anywhere(), create_on="device", workers=2)
+    with pytest.raises(ValueError, match="create_on='gpu': choose from cpu, device"):
+        loader(Anywhere(), create_on="gpu")
 
 
 # --- errors ------------------------------------------------------------------------------------
