@@ -11,8 +11,8 @@ from typing import NamedTuple
 _ENOUGH = 0.2  # seconds of measuring
 _FEWEST, _MOST = 3, 20  # measurements
 _WAITING = 0.03  # part of a step that waiting for tasks may take before workers pay
-_GAIN = 0.9  # part of the time that a step with workers may take to be worth their memory
-_MOVING = 1e-4  # seconds that a batch of a worker costs the main process at the least
+_GAIN = 0.99  # part of the time that a step with workers may take to be worth their memory
+_MOVING = 4e-5  # seconds that a batch of a worker costs the main process at the least
 _STEP = 2e-3  # seconds that a step takes where nobody knows
 
 
@@ -32,7 +32,7 @@ def choose_workers(
     decides: the step itself, the workers (`creation / k`), and the cores, which all share.
 
     Args:
-        creation: seconds that creating a batch takes.
+        creation: seconds that creating a batch takes, between two steps: caches are cold then.
         step: seconds of a training step without its data; None where that is unknown.
         cores: CPU cores that the process may use.
         busy_cores: how many of them a step keeps busy on its own.
@@ -52,7 +52,7 @@ def choose_workers(
 
     times = {count: with_workers(count) for count in range(1, max(cores, 1) + 1)}
     best = min(times.values())
-    fewest = min(count for count, seconds in times.items() if seconds <= 1.05 * best)
+    fewest = min(count for count, seconds in times.items() if seconds <= 1.02 * best)
     if times[fewest] > _GAIN * alone:
         return Choice(0, f"{facts}: {cores} cores have no room for workers")
     expected = f"about {_ms(times[fewest])} a step instead of {_ms(alone)}"

@@ -194,16 +194,23 @@ class TaskLoader:
         assert self._workers is not None
         return self._workers
 
-    def choose_workers(self, step: float | None = None, busy_cores: float = 1.0) -> None:
-        """Decide about `"auto"`: creates some batches, which nothing else will notice.
+    def choose_workers(
+        self,
+        creation: float | None = None,
+        step: float | None = None,
+        busy_cores: float = 1.0,
+    ) -> None:
+        """Decide about `"auto"`; without `creation` by creating some batches here.
 
         Args:
+            creation: seconds that creating a batch takes in training.
             step: seconds of a training step without its data; None where that is unknown.
             busy_cores: CPU cores that a step keeps busy.
         """
         if self._workers is None:
-            steps = itertools.count(self._step)
-            creation = measure(lambda: self.batch_at(next(steps)))
+            if creation is None:
+                steps = itertools.count(self._step)
+                creation = measure(lambda: self.batch_at(next(steps)))
             self.choice = choose_workers(creation, step, cores(), busy_cores)
             self._workers = self.choice.workers
 

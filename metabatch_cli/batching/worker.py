@@ -100,6 +100,10 @@ def work(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     _die_with(main)
     torch.set_num_threads(1)
+    with suppress(AttributeError, OSError):  # only Linux has it
+        # as much time as others, but a worker that wakes up does not take the core of the
+        # training step: it waits for the next one that is free
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     gc.freeze()  # what came with the fork stays shared: collecting would touch every object
 
     packer, segments = Packer(), {}

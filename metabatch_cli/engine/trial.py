@@ -59,30 +59,43 @@ def try_out(parts: Parts) -> None:
 
 
 def measure_step(parts: Parts) -> dict[str, float]:
-    """Seconds of a training step without its data, and CPU cores that it keeps busy.
+    """What `TaskLoader.choose_workers` asks for: seconds of a training step and of creating its
+    batch, and the CPU cores that the step keeps busy.
 
     Of a copy of the learner, and without a trace in any random state. Nothing where it fails:
     what is wrong will show, and be recorded, in training.
     """
     learner = deepcopy(parts.learner).train()
-    tasks = parts.precision.prepare(parts.loader.batch_at(0))
+    creation: list[float] = []
+    seconds: list[float] = []
     cpu: list[float] = []
 
-    def step() -> None:
-        began = time.process_time()
+    def one_step() -> None:
+        times = [time.perf_counter()]
+        batch = parts.loader.batch_at(len(seconds))
+        times.append(time.perf_counter())
+        busy = time.process_time()
         learner.zero_grad(set_to_none=True)
         with parts.precision.autocast():
-            loss = learner(tasks)
+            loss = learner(parts.precision.prepare(batch))
         loss.backward()
         loss.item()  # waits for a GPU to get there
-        cpu.append(time.process_time() - began)
+        cpu.append(time.process_time() - busy)
+        times.append(time.perf_counter())
+        creation.append(times[1] - times[0])
+        seconds.append(times[2] - times[1])
 
     try:
         with random_states.preserved():
-            seconds = measure(step)
+            measure(one_step)
     except Exception:
         return {}
-    return {"step": seconds, "busy_cores": max(statistics.median(cpu) / seconds, 1.0)}
+    step = statistics.median(seconds)
+    return {
+        "creation": statistics.median(creation),
+        "step": step,
+        "busy_cores": max(statistics.median(cpu) / step, 1.0),
+    }
 
 
 def try_padding(parts: Parts, learner: Learner, tasks: PaddedTask, loss: Tensor) -> None:

@@ -15,11 +15,13 @@ MS = 1e-3
     ("creation", "step", "cores", "busy", "workers"),
     [
         (0.06, 2.6, 2, 1.0, 0),  # sine beside a neural process: 2 % of the time
+        (0.16, 4, 2, 1.0, 1),  # 4 %: a second core can take that over
+        (0.16, 4, 1, 1.0, 0),  # there is no second core
         (32, 5, 2, 1.0, 2),  # Python beside a small network: two cores share the work
-        (32, 5, 16, 1.0, 6),  # as many as keep up, not as many as there are cores
+        (32, 5, 16, 1.0, 7),  # as many as keep up, not as many as there are cores
         (32, 64, 8, 1.0, 1),
         (30, 30, 2, 2.0, 1),  # creating on one core leaves the other idle meanwhile
-        (5, 50, 2, 2.0, 0),  # a step that keeps both cores busy leaves little
+        (0.5, 1, 2, 3.0, 0),  # a step that keeps all cores busy leaves nothing
         (30, 30, 1, 1.0, 0),
         (5, None, 4, 1.0, 3),
     ],
