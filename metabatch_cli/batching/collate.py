@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
+from metabatch_cli.batching.packing import empty, sending
 from metabatch_cli.batching.ragged import PaddedTask, pad
 from metabatch_cli.batching.task import Task, as_task, tree_map
 
@@ -21,7 +23,11 @@ def stacked(tasks: list[Any]) -> Any:
         ValueError: the sizes differ; names the fields and the tasks.
     """
     try:
-        return default_collate(tasks)
+        return (
+            collate(tasks, collate_fn_map=_INTO_THE_MESSAGE)
+            if sending()
+            else default_collate(tasks)
+        )
     except RuntimeError as error:
         unequal = _unequal_sizes(tasks)
         if not unequal:
@@ -31,6 +37,18 @@ def stacked(tasks: list[Any]) -> Any:
             "batch). Either give every task n_context and n_target points, or let the task set "
             "say `ragged = True`: its batches are then padded, with masks (PaddedTask)"
         ) from error
+
+
+def _stack(tensors: list[Tensor], *, collate_fn_map: Any = None) -> Tensor:
+    """Tensors stacked where the batch will be sent from, instead of copied there afterwards."""
+    first = tensors[0]
+    alike = all(tensor.dtype == first.dtype for tensor in tensors)
+    if not alike or first.layout is not torch.strided or first.requires_grad:
+        return torch.stack(tensors)
+    return torch.stack(tensors, out=empty(len(tensors), *first.shape, dtype=first.dtype))
+
+
+_INTO_THE_MESSAGE = {**default_collate_fn_map, Tensor: _stack}
 
 
 def padded(tasks: list[Any]) -> PaddedTask:

@@ -106,6 +106,11 @@ class TorchMemory:
 _here = threading.local()
 
 
+def sending() -> bool:
+    """Whether what is created here is sent to another process: whether `empty` saves a copy."""
+    return getattr(_here, "outgoing", None) is not None
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory for a tensor of the batch being made, where it will be sent from.
 

@@ -16,6 +16,7 @@ FREE_TO_CHANGE = (
     "logger",
     "launcher",
     "loader.workers",
+    "loader.multiprocessing_context",
     "loader.prefetch_factor",
     "loader.persistent_workers",
     "loader.pin_memory",
