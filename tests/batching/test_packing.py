@@ -22,7 +22,6 @@ from metabatch_cli.batching import Task, digest
 from metabatch_cli.batching.packing import (
     ALIGNMENT,
     EachAlone,
-    EachAlone,
     HostMemory,
     Packer,
     TorchMemory,
