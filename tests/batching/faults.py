@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,12 @@ def descriptors() -> int:
 def mappings(pid: int | str = "self") -> int:
     """How many segments a process has mapped."""
     return Path(f"/proc/{pid}/maps").read_text().count("memfd:metabatch")
+
+
+def memory(pid: int | str) -> int:
+    """KiB of a process that are its own; what a fork shares with its parent is not counted."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE)))
 
 
 def script(code: str, *arguments: Any, **more: Any) -> subprocess.Popen:

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import threading
+import weakref
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, fields, is_dataclass
 from decimal import Decimal
@@ -388,8 +389,16 @@ def test_what_autograd_saved_of_one_tensor_survives_writing_into_another(memory)
 
 
 def test_a_tensor_that_is_kept_alone_keeps_no_other_in_memory():
-    small, _ = sent([torch.zeros(2), torch.zeros(10_000)], 1 << 17, each_alone)
-    assert small.untyped_storage().nbytes() == 8
+    packer, buffer = Packer(), np.zeros(1 << 17, np.uint8)
+    packer.fill(buffer)
+    batch = [torch.zeros(2), torch.zeros(3, dtype=torch.bfloat16), np.zeros(2)]
+    data = packer.pack([*batch, torch.zeros(10_000)])
+    there = weakref.ref(buffer)
+    small, half, array, _ = unpack(data, EachAlone(buffer))
+    packer.fill(None)
+    del buffer, _
+    assert there() is None
+    assert opened([small, half, array]) == opened(batch)
 
 
 # --- what cannot be sent -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from metabatch_cli.batching import TaskLoader, digest
 from metabatch_cli.batching.packing import HostMemory
 from metabatch_cli.batching.shared import Segment, receive_descriptor, send_descriptor
 from tests.batching.examples import Waves, digests, first
-from tests.batching.faults import Rows, descriptors, mappings, pids, until
+from tests.batching.faults import Rows, descriptors, mappings, memory, pids, until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here")
 
@@ -92,8 +92,10 @@ def test_the_memory_of_a_closed_segment_stays_as_long_as_it_is_in_use():
     before = descriptors(), mappings()
     segment = Segment(1 << 16)
     tensor = HostMemory(segment.array()).tensor(0, (4,), "<f4").fill_(3)
+    held = descriptors()
     segment.close()
     segment.close()  # twice does no harm
+    assert descriptors() == held - 1  # the mapping has one of its own
     del segment
     gc.collect()
     assert tensor.tolist() == [3.0] * 4
@@ -221,6 +223,7 @@ def test_two_thousand_kept_batches_leave_descriptors_mappings_and_segments_flat(
             kept.append(batch)
             if step in (500, 1999):
                 seen.append((descriptors(), mappings()))
+                assert len(tested._open_transports[0]._lent) <= 3
         assert seen[0][1] > 0
         assert seen[1][0] <= seen[0][0]
         assert seen[1][1] <= seen[0][1]
@@ -230,14 +233,18 @@ def test_two_thousand_kept_batches_leave_descriptors_mappings_and_segments_flat(
 
 
 def test_keeping_a_small_tensor_of_each_batch_keeps_no_large_one():
-    small = []
+    small, seen = [], []
     with TaskLoader(Rows(width=50_000), batch_size=2, workers=2) as tested:
-        for batch in islice(tested.stream(), 60):
+        batches = tested.stream()
+        for step, batch in enumerate(islice(batches, 300)):
             small.append(batch["index"])
-        del batch
-    alone = [tensor.untyped_storage().nbytes() == 16 for tensor in small]
-    assert all(alone[10:])
-    assert [tensor.tolist() for tensor in small] == [[2 * n, 2 * n + 1] for n in range(60)]
+            if step in (50, 299):
+                seen.append(memory("self"))
+        transport = tested._open_transports[0]
+        assert len(transport._lent) <= 3
+        assert transport._shared
+    assert [tensor.tolist() for tensor in small] == [[2 * n, 2 * n + 1] for n in range(300)]
+    assert seen[1] < seen[0] + 30 * 1024  # of 100 MB
 
 
 def reread(batch: Any, expected: str, go: Any, result: Any) -> None:

@@ -35,6 +35,7 @@ from tests.batching.faults import (
     ended,
     lives,
     mappings,
+    memory,
     pids,
     script,
     session,
@@ -208,6 +209,8 @@ class DiesLater(Rows):
             os._exit(1)
         if index == 0:
             until(lambda: len(list(self.folder.iterdir())) >= 3)
+            for file in self.folder.iterdir():  # until the main process has seen each death
+                until(lambda pid=file.name: not Path("/proc", pid).exists())
         return super().__gettask__(index, n_context, n_target)
 
 
@@ -789,12 +792,6 @@ def test_a_sigterm_to_all_at_start_up_lets_the_main_process_finish_its_step(meth
 
 
 # --- for hours ---------------------------------------------------------------------------------
-
-
-def memory(pid: int | str) -> int:
-    """KiB of a process that are its own; what a fork shares with its parent is not counted."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE)))
 
 
 def rolling(batches: Any, steps: int) -> Any:
