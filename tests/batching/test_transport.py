@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 from metabatch_cli.batching import TaskLoader, digest
 from metabatch_cli.batching import transport as transport_module
+from metabatch_cli.batching import worker as worker_module
+from metabatch_cli.batching.shared import receive_descriptor
 from metabatch_cli.batching.transport import Transport, WorkerDied
 from tasksets.functions import Functions, Sine
 from tests.batching.examples import Draws, Waves, digests, first
@@ -329,6 +331,29 @@ def test_few_descriptors_are_enough_or_named():
     assert len(found) == 40
     assert set(found) == {"refused", "piped", "shared"}
     assert found == sorted(found, key=["refused", "piped", "shared"].index)
+
+
+@pytest.mark.parametrize("missing", ["descriptor", "memory"])
+def test_a_worker_that_cannot_map_a_segment_sends_by_pipe(missing, monkeypatch):
+    def lose(connection: Any) -> None:
+        os.close(receive_descriptor(connection))
+
+    def refuse(size: int, descriptor: int) -> None:
+        os.close(descriptor)
+        raise OSError(errno.ENOMEM, "no memory")
+
+    # in a worker, which inherits it by the fork; the main process has its own names for them
+    if missing == "descriptor":
+        monkeypatch.setattr(worker_module, "receive_descriptor", lose)
+    else:
+        monkeypatch.setattr(worker_module, "Segment", refuse)
+    with TaskLoader(Rows(), workers=2, multiprocessing_context="fork") as tested:
+        batches, early = tested.stream(), None
+        for step in range(100):
+            assert digest(next(batches)) == digest(tested.batch_at(step))
+            early = early or pids(tested)
+        assert pids(tested) == early
+        assert tested._open_transports[0]._segments
 
 
 @pytest.mark.parametrize("workers", [1, 2])
