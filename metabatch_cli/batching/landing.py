@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metabatch_cli.batching.packing import HostMemory, Incoming, TorchMemory, unpack
+from metabatch_cli.batching.packing import EachAlone, HostMemory, Incoming, TorchMemory, unpack
 from metabatch_cli.batching.task import pin, to_device
 
 
@@ -31,14 +31,12 @@ class Landing:
         self.copies = self.pinned or on_gpu  # whether shared memory is free again at once
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
 
-    def share(self, buffer: np.ndarray) -> Incoming:
-        """Batches stay where they are."""
-        return HostMemory(buffer)
+    def share(self, buffer: np.ndarray, alone: bool = False) -> Incoming:
+        """Batches stay where they are, or each of their tensors finds memory of its own."""
+        return EachAlone(buffer) if alone else HostMemory(buffer)
 
     def copy(self, buffer: np.ndarray) -> Incoming:
-        """Batches leave the memory of their message."""
-        if not self.copies:
-            return HostMemory(buffer.copy())
+        """Batches leave the memory of their message, all at once."""
         staged = torch.empty(len(buffer), dtype=torch.uint8, pin_memory=self.pinned)
         staged.numpy()[:] = buffer
         if self._stream is None:

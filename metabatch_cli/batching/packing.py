@@ -15,11 +15,7 @@ from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, and what vector instructions like
 
-_OTHER_VIEW = {  # numpy has no such numbers: they travel as integers of the same width
-    torch.bfloat16: torch.int16,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e5m2: torch.uint8,
-}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by their width in bytes
 _PLAIN_KINDS = "biufc"  # of numpy arrays that are nothing but their bytes
 
 
@@ -80,6 +76,19 @@ class HostMemory:
         return np.ndarray(shape, dtype, self.buffer, start)
 
 
+class EachAlone(HostMemory):
+    """Memory to leave at once: every tensor is copied into memory of its own.
+
+    Whoever keeps the labels of all batches then keeps their labels in memory, not their images.
+    """
+
+    def tensor(self, start: int, shape: Sequence[int], dtype: str) -> Tensor:
+        return torch.from_numpy(self.array(start, shape, dtype))
+
+    def array(self, start: int, shape: Sequence[int], dtype: str) -> np.ndarray:
+        return super().array(start, shape, dtype).copy()
+
+
 class TorchMemory:
     """A torch buffer, page-locked or on a device.
 
@@ -98,7 +107,9 @@ class TorchMemory:
         return empty.set_(storage, start // kind.itemsize, tuple(shape), tuple(strides))
 
     def array(self, start: int, shape: Sequence[int], dtype: str) -> np.ndarray:
-        return self.tensor(start, shape, dtype).cpu().numpy()
+        kind = np.dtype(dtype)  # not by way of a tensor: torch lacks some of these
+        stop = start + math.prod(shape) * kind.itemsize
+        return self.buffer[start:stop].cpu().numpy().view(kind).reshape(shape)
 
 
 # Where the batch that this thread is making will be sent from, and where the one that it is
@@ -200,12 +211,13 @@ class _Pickler(pickle.Pickler):
                 f"it holds a tensor on {tensor.device}: workers make tasks on the CPU, the loader "
                 "moves them"
             )
-        if tensor.dtype in _OTHER_VIEW:
-            integers = tensor.contiguous().view(_OTHER_VIEW[tensor.dtype])
-            return _as_type, (integers, tensor.dtype)
-        if tensor.layout is torch.strided:  # a conjugate or negated view
-            return self._reduce(_tensor, tensor.numpy(force=True))
-        return NotImplemented  # sparse: torch's own way
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            return NotImplemented  # torch's own way
+        if tensor.is_conj() or tensor.is_neg():
+            return self._reduce_tensor(tensor.resolve_conj().resolve_neg())
+        # numpy has no such numbers: they travel as integers of the same width
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+        return _as_type, (flat.view(_INTEGERS[tensor.itemsize]), tensor.dtype, tuple(tensor.shape))
 
     def _reduce(self, function: Any, array: np.ndarray) -> Any:
         outgoing = self.packer.outgoing
@@ -232,17 +244,18 @@ def _inline(as_tensor: bool, data: bytearray, shape: Sequence[int], dtype: str) 
     return torch.from_numpy(array) if as_tensor else array
 
 
-def _as_type(integers: Tensor, dtype: torch.dtype) -> Tensor:
-    return integers.view(dtype)
+def _as_type(integers: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return integers.view(dtype).view(shape)
 
 
 def unpack(data: bytes, memory: Incoming | None) -> Any:
     """The batch that was packed; its tensors lie in `memory`."""
+    outer = getattr(_here, "incoming", None)
     _here.incoming = memory
     try:
         return pickle.loads(data)
     finally:
-        _here.incoming = None
+        _here.incoming = outer
 
 
 _TORCH_TYPES: dict[str, torch.dtype] = {}

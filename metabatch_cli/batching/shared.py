@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -28,19 +31,20 @@ class Segment:
     """
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
+        made_here = descriptor is None
         if descriptor is None:
             size = -(-size // _PAGE) * _PAGE
             descriptor = _anonymous_file()
-            try:
-                # reserved now: where memory runs out later, writing would be a bus error
-                os.posix_fallocate(descriptor, 0, size)
-            except BaseException:
-                os.close(descriptor)
-                raise
+        self._close = weakref.finalize(self, os.close, descriptor)
         self.size = size
         self.descriptor = descriptor
-        self._mapped = mmap.mmap(descriptor, size)
-        self._close = weakref.finalize(self, os.close, descriptor)
+        try:
+            if made_here:
+                _reserve(descriptor, size)
+            self._mapped = mmap.mmap(descriptor, size)
+        except BaseException:
+            self.close()
+            raise
 
     def array(self) -> np.ndarray:
         """The whole of it as a new uint8 array, which every array and tensor in it keeps alive."""
@@ -60,6 +64,41 @@ class Segment:
 
 class _Whole(np.ndarray):
     pass
+
+
+def send_descriptor(connection: Any, descriptor: int) -> None:
+    """Give the process at the other end of a connection a descriptor of this one's."""
+    with _socket_of(connection) as line:
+        socket.send_fds(line, [b"d"], [descriptor])
+
+
+def receive_descriptor(connection: Any) -> int | None:
+    """The descriptor that was sent; None where this process may have no more of them."""
+    with _socket_of(connection) as line:
+        message, descriptors, _, _ = socket.recv_fds(line, 1, 1)
+    if not message:
+        raise EOFError
+    return descriptors[0] if descriptors else None
+
+
+@contextmanager
+def _socket_of(connection: Any) -> Iterator[socket.socket]:
+    # not by multiprocessing's send_handle: that needs a free descriptor for itself, and fails
+    # between two parts of a message where there is none
+    line = socket.socket(fileno=connection.fileno())
+    line.settimeout(None)  # else socket.setdefaulttimeout would reach the connection through it
+    try:
+        yield line
+    finally:
+        line.detach()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        # where memory runs out only later, writing would be a bus error
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        os.ftruncate(descriptor, size)
 
 
 def _anonymous_file() -> int:

@@ -8,17 +8,20 @@ weigh and how long they take, as measured.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
+import resource
 import selectors
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import forkserver, reduction, resource_tracker
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import set_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -28,8 +31,8 @@ from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
 from metabatch_cli.batching.packing import Incoming
 from metabatch_cli.batching.plan import Plan
-from metabatch_cli.batching.shared import Segment
-from metabatch_cli.batching.worker import Made, Make, Map, Unmap, signals_held_back, work
+from metabatch_cli.batching.shared import Segment, send_descriptor
+from metabatch_cli.batching.worker import Failure, Made, Make, peak_mib, signals_held_back, work
 
 _MESSAGE_BYTES = 1 << 20  # of tensors: fits a second-level cache
 _MESSAGE_SECONDS = 0.01  # of making: so long the first batch of a run waits for the last
@@ -37,7 +40,8 @@ _MESSAGE_BATCHES = 64
 _DEATHS = 3  # in a row over one and the same step, until that is an error
 _IDLE_CHECK = 1.0  # seconds between two looks at whether all workers live
 _CLOSE_WITHIN = 1.0  # seconds until a worker that does not end is killed
-_KEPT = 2  # segments in use by the reader beyond which batches are copied out
+_KEPT = 2  # segments in use by the reader beyond which tensors are copied out
+_AHEAD = 32  # messages a worker is ahead at most: their orders fit into the pipe of a busy one
 
 
 class WorkerDied(RuntimeError):
@@ -75,6 +79,7 @@ class _Worker:
         self.connection = connection
         self.runs: deque[_Run] = deque()
         self.mapped: set[int] = set()
+        self.gone: list[int] = []  # mapped, but no longer used
         self.peak = 0
 
 
@@ -107,38 +112,51 @@ class Transport:
             context = multiprocessing.get_context(context)
         self.maker = maker
         self.plan = plan
-        self.ahead = ahead
+        self.ahead = min(ahead, _AHEAD)
         self.timeout = timeout
         self.landing = landing
         self._context = context
         self._first = first
         self._owner = os.getpid()
-        self._selector = selectors.DefaultSelector()
+        self._number = workers
+        self._whole = True  # whether nobody was interrupted in the middle of a message
         self._workers: list[_Worker] = []
         self._segments: dict[int, Segment] = {}
-        self._free: deque[int] = deque()  # appended to by whoever drops the last tensor
         self._next_segment = 0
-        self._lent: set[int] = set()  # segments in which the reader still holds something
         self._shared = True  # whether there is memory to share
         self._runs: deque[_Run] = deque()  # ordered and not yet read, in the order of their steps
         self._batch_bytes = 0  # the largest seen
         self._batch_seconds: float | None = None  # the latest
         self._run_length = 1
-        self._preflight()
-        try:
-            for number in range(workers):
-                self._workers.append(self._start(number))
-        except BaseException:
-            self.close()
-            raise
+        held = _on_a_gpu(maker.taskset)
+        if held:
+            raise ValueError(
+                f"{held} lies on a GPU: workers make tasks on the CPU; keep it there (the loader "
+                "moves batches to its device), or set workers=0"
+            )
+        self._open()
 
     # --- reading ---------------------------------------------------------------------------
 
     def read(self, steps: range) -> Iterator[Any]:
         """The batches of consecutive steps. A later call ends what an earlier one gives."""
+        self._refuse_a_fork()
+        if not self._whole:
+            self.close()
+            self._open()
+        try:
+            yield from self._read(steps)
+        except GeneratorExit:
+            raise
+        except BaseException:  # in the middle of a message, perhaps: later ones need new workers
+            self._whole = False
+            raise
+
+    def _read(self, steps: range) -> Iterator[Any]:
         self._forget()
         runs, unordered = self._runs, steps.start
         while unordered < steps.stop or runs:
+            self._refuse_a_fork()
             while unordered < steps.stop and len(runs) < self.ahead * len(self._workers):
                 run = _Run(unordered, self._choose_length(steps.stop - unordered))
                 unordered += run.count
@@ -152,14 +170,27 @@ class Transport:
             runs.popleft()
             memory = self._memory_of(run, made)
             batches = made.batches
-            del run
-            for packed in batches:
-                yield self.landing.land(packed, memory)
+            for step, packed in enumerate(batches, start=run.start):
+                yield self._land(packed, memory, step)
             if made.failure is not None:
                 error, origin = made.failure
                 error.add_note(origin)
                 raise error
-            del memory, made, batches
+            del run, memory, made, batches
+
+    def _refuse_a_fork(self) -> None:
+        if os.getpid() != self._owner:  # two readers of one pipe get half a message each
+            raise RuntimeError(
+                "these workers belong to the process that this one was forked from: read a "
+                "TaskLoader of its own here"
+            )
+
+    def _land(self, packed: bytes, memory: Incoming | None, step: int) -> Any:
+        try:
+            return self.landing.land(packed, memory)
+        except Exception as error:
+            error.add_note(self.maker.note(self.plan.spec(step)))
+            raise
 
     def _choose_length(self, remaining: int) -> int:
         if self._batch_seconds is None:
@@ -180,12 +211,15 @@ class Transport:
         run.segment = self._choose_segment(run)
         worker.runs.append(run)
         with suppress(OSError):  # it has died: whoever waits for the run will see
-            if run.segment is not None and run.segment not in worker.mapped:
+            gone, worker.gone = tuple(worker.gone), []
+            steps = range(run.start, run.start + run.count)
+            if run.segment is None or run.segment in worker.mapped:
+                worker.connection.send(Make(steps, run.segment, 0, gone))
+            else:
                 segment = self._segments[run.segment]
-                worker.connection.send(Map(run.segment, segment.size))
-                reduction.send_handle(worker.connection, segment.descriptor, worker.process.pid)
+                worker.connection.send(Make(steps, run.segment, segment.size, gone))
+                send_descriptor(worker.connection, segment.descriptor)
                 worker.mapped.add(run.segment)
-            worker.connection.send(Make(range(run.start, run.start + run.count), run.segment))
 
     def _wait_for(self, run: _Run) -> Made:
         deadline = time.monotonic() + self.timeout if self.timeout else None
@@ -243,6 +277,8 @@ class Transport:
     def _choose_segment(self, run: _Run) -> int | None:
         if not self._batch_bytes or not self._shared:
             return None  # the first ones tell how large batches are
+        while self._foreign:
+            self._drop_segment(self._foreign.popleft())
         wanted = run.count * (self._batch_bytes + self._batch_bytes // 4)
         if self._free:
             number = self._free.popleft()
@@ -266,8 +302,7 @@ class Transport:
         for worker in self._workers:
             if number in worker.mapped:
                 worker.mapped.discard(number)
-                with suppress(OSError):
-                    worker.connection.send(Unmap(number))
+                worker.gone.append(number)
 
     def _memory_of(self, run: _Run, made: Made) -> Incoming | None:
         """The memory of a message that is about to be read."""
@@ -275,14 +310,15 @@ class Transport:
             self._give_back(run)
             return None
         segment = self._segments[run.segment]
-        if self.landing.copies or len(self._lent) >= _KEPT:
+        if self.landing.copies:
             memory = self.landing.copy(segment.array()[: made.used])
             self._give_back(run)
             return memory
+        # whoever keeps batches shall keep neither the segments nor whole messages
+        alone = len(self._lent) >= _KEPT
         self._lent.add(run.segment)
-        return self.landing.share(
-            segment.lend(partial(_returned, self._lent, self._free, run.segment))
-        )
+        back = partial(_returned, self._lent, self._free, self._foreign, run.segment, forks.count)
+        return self.landing.share(segment.lend(back), alone)
 
     def _give_back(self, run: _Run) -> None:
         if run.segment is not None:
@@ -290,21 +326,46 @@ class Transport:
 
     # --- workers ---------------------------------------------------------------------------
 
+    def _open(self) -> None:
+        self._whole = True
+        self._free: deque[int] = deque()  # segments; appended to by who drops the last tensor
+        self._foreign: deque[int] = deque()  # the same, of what a fork may still read
+        self._lent: set[int] = set()  # segments in which the reader still holds something
+        with _descriptors_left():
+            self._selector = selectors.DefaultSelector()
+        try:
+            for number in range(self._number):
+                self._workers.append(self._start(number))
+        except BaseException:
+            self.close()
+            raise
+
     def _start(self, number: int) -> _Worker:
-        ours, theirs = self._context.Pipe(duplex=True)
         method = self._context.get_start_method()
-        if method != "fork":  # what these start lives on: not with our signals held back
-            resource_tracker.ensure_running()
-        if method == "forkserver":
-            forkserver.ensure_running()
-        process: Any = self._context.Process(
-            target=work,
-            args=(theirs, os.getpid(), number, self.maker, self.plan, self._first),
-            name=f"metabatch-worker-{number}",
-            daemon=True,
-        )
-        with signals_held_back():
-            process.start()
+        with _descriptors_left():
+            ours, theirs = self._context.Pipe(duplex=True)
+            if method != "fork":  # what these start lives on: not with our signals held back
+                resource_tracker.ensure_running()
+            if method == "forkserver":
+                forkserver.ensure_running()
+            process: Any = self._context.Process(
+                target=work,
+                args=(theirs, os.getpid(), number, self.maker, self.plan, self._first),
+                name=f"metabatch-worker-{number}",
+                daemon=True,
+            )
+            try:
+                with signals_held_back():
+                    process.start()
+            except Exception as error:
+                culprit = _unsendable(self.maker, self._first) if method != "fork" else None
+                if culprit is None:
+                    raise
+                raise TypeError(
+                    f"{culprit} cannot be sent to a worker that is started by {method}: {error}; "
+                    "use a function or class at the top of a module, or "
+                    "multiprocessing_context='fork'"
+                ) from error
         theirs.close()
         worker = _Worker(number, process, ours)
         self._selector.register(ours, selectors.EVENT_READ, worker)
@@ -317,6 +378,8 @@ class Transport:
                 self._take(dead, pickle.loads(dead.connection.recv_bytes()))
             except (EOFError, OSError):
                 break
+        place = self._workers.index(dead)
+        del self._workers[place]
         self._selector.unregister(dead.connection)
         dead.connection.close()
         dead.process.join(_CLOSE_WITHIN)
@@ -324,16 +387,19 @@ class Transport:
         dead.process.join()
         code = dead.process.exitcode
         dead.process.close()
-        place = self._workers.index(dead)
         unmade = list(dead.runs)
         for run in unmade:
             self._give_back(run)
-        culprit = unmade[0] if unmade else None
-        if culprit is not None:
+            run.segment = None
+        if unmade:
+            culprit = unmade[0]
             culprit.deaths += 1
-            if culprit.deaths >= _DEATHS:
-                raise WorkerDied(self._obituary(dead, culprit, code))
-        self._workers[place] = self._start(dead.number)
+            if culprit.deaths >= _DEATHS:  # an error when its turn comes: not before
+                error = WorkerDied(self._obituary(dead, culprit, code))
+                failure = Failure(error, f"in worker {dead.number}")
+                culprit.made = Made([], failure, 0, 0, 0.0, dead.peak)
+                del unmade[0]
+        self._workers.insert(place, self._start(dead.number))
         for run in unmade:
             if run.wanted:
                 self._order_again(run)
@@ -354,34 +420,17 @@ class Transport:
     def _obituary(self, dead: _Worker, run: _Run, code: int | None) -> str:
         how = f"exit code {code}"
         if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
+            how = f"killed by {_name_of_signal(-code)}"
         hint = ""
         if code == -signal.SIGKILL:
             hint = " (as by the kernel where memory runs out: fewer workers, a smaller batch)"
+        # also what died before it could say how much it used, where it is a child of this process
+        peak = max(dead.peak, peak_mib(resource.RUSAGE_CHILDREN))
         return (
-            f"{run.deaths} workers in a row died, the last one {how}{hint}; it had used up to "
-            f"{dead.peak:,} MiB, and was to create {self.plan.spec(run.start)} of "
+            f"{run.deaths} workers in a row died, the last one {how}{hint}; they had used up to "
+            f"{peak:,} MiB each, and were to create {self.plan.spec(run.start)} of "
             f"{type(self.maker.taskset).__name__}"
         )
-
-    def _preflight(self) -> None:
-        """Say what cannot work before it fails in a process that nobody sees."""
-        held = _on_a_gpu(self.maker.taskset)
-        if held:
-            raise ValueError(
-                f"{held} lies on a GPU: workers make tasks on the CPU; keep it there (the loader "
-                "moves batches to its device), or set workers=0"
-            )
-        if self._context.get_start_method() == "fork":
-            return
-        try:
-            ForkingPickler.dumps((self.maker, self.plan, self._first))
-        except Exception as error:
-            raise TypeError(
-                f"{_unsendable(self.maker, self._first)} cannot be sent to a worker that is "
-                f"started by {self._context.get_start_method()}: {error}; use a function or class "
-                "at the top of a module, or multiprocessing_context='fork'"
-            ) from error
 
     # --- the end ---------------------------------------------------------------------------
 
@@ -407,10 +456,48 @@ class Transport:
         self._segments = {}
 
 
-def _returned(lent: set[int], free: deque[int], number: int) -> None:
+class _Forks:
+    """Counts the forks of this process: what was lent before one is no longer only its reader's."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        os.register_at_fork(before=self._add)
+
+    def _add(self) -> None:
+        self.count += 1
+
+
+forks = _Forks()
+
+
+def _returned(
+    lent: set[int], free: deque[int], foreign: deque[int], number: int, count: int
+) -> None:
     # called by whoever drops the last tensor, in any thread
     lent.discard(number)
-    free.append(number)
+    (free if count == forks.count else foreign).append(number)
+
+
+@contextmanager
+def _descriptors_left() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise OSError(
+            error.errno,
+            f"no file descriptor is left for workers: this process may have {limit} (ulimit -n); "
+            "raise that, close files, or use fewer workers",
+        ) from error
+
+
+def _name_of_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _on_a_gpu(taskset: Any) -> str | None:
@@ -420,7 +507,17 @@ def _on_a_gpu(taskset: Any) -> str | None:
     return None
 
 
-def _unsendable(maker: BatchMaker, first: Any) -> str:
+class _NoProcess:
+    """What pickling for a new process asks of it, without one."""
+
+    DupFd = staticmethod(int)
+
+    @staticmethod
+    def duplicate_for_child(descriptor: int) -> int:
+        return descriptor
+
+
+def _unsendable(maker: BatchMaker, first: Any) -> str | None:
     """The name of what cannot be pickled, as far down as the task set's own attributes."""
     taskset = maker.taskset
     named = {
@@ -429,9 +526,14 @@ def _unsendable(maker: BatchMaker, first: Any) -> str:
         **{f"{type(taskset).__name__}.{name}": value for name, value in vars(taskset).items()},
         type(taskset).__name__: taskset,
     }
-    for name, value in named.items():
-        try:
-            ForkingPickler.dumps(value)
-        except Exception:
-            return name
-    return "the task set"
+    pretended: Any = _NoProcess
+    set_spawning_popen(pretended)
+    try:
+        for name, value in named.items():
+            try:
+                ForkingPickler.dumps(value)
+            except Exception:
+                return name
+    finally:
+        set_spawning_popen(None)
+    return None

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import reduction
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import torch
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.packing import Packer
 from metabatch_cli.batching.plan import Plan
-from metabatch_cli.batching.shared import Segment
+from metabatch_cli.batching.shared import Segment, receive_descriptor
 from metabatch_cli.batching.streams import borrowed_global_generators
 
 _HELD_BACK = {signal.SIGINT, signal.SIGTERM}
@@ -32,23 +31,17 @@ _SIGTERM_GRACE = 20.0  # seconds that a worker outlives a SIGTERM, for the main 
 
 
 class Make(NamedTuple):
-    """Make the batches of these steps, into the segment of this number."""
+    """Make the batches of these steps, into the segment of this number.
+
+    Attributes:
+        size: of the segment where it is new to the worker: then its descriptor follows.
+        gone: segments that are no longer used.
+    """
 
     steps: range
     segment: int | None
-
-
-class Map(NamedTuple):
-    """A segment's descriptor follows."""
-
-    number: int
-    size: int
-
-
-class Unmap(NamedTuple):
-    """The segment is no longer used."""
-
-    number: int
+    size: int = 0
+    gone: tuple[int, ...] = ()
 
 
 class Made(NamedTuple):
@@ -106,7 +99,8 @@ def work(
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     gc.freeze()  # what came with the fork stays shared: collecting would touch every object
 
-    packer, segments = Packer(), {}
+    packer = Packer()
+    segments: dict[int | None, np.ndarray | None] = {None: None}
     spoiled: Failure | None = None
     try:
         if first is not None:
@@ -118,15 +112,27 @@ def work(
     # a main process that is gone ends this one quietly
     with borrowed_global_generators(), suppress(EOFError, ConnectionError):
         while (order := connection.recv()) is not None:
-            if isinstance(order, Map):
-                segments[order.number] = Segment(order.size, reduction.recv_handle(connection))
-            elif isinstance(order, Unmap):
-                segments.pop(order.number).close()
-            elif spoiled is not None:
+            for gone in order.gone:
+                del segments[gone]
+            if order.size:
+                segments[order.segment] = _mapped(order.size, receive_descriptor(connection))
+            if spoiled is not None:
                 connection.send(Made([], spoiled, 0, 0, 0.0, 0))
             else:
-                segment = None if order.segment is None else segments[order.segment].array()
+                segment = segments[order.segment]
                 connection.send(_make(order, segment, packer, maker, plan, number))
+
+
+def _mapped(size: int, descriptor: int | None) -> np.ndarray | None:
+    """The memory behind a descriptor; None where it cannot be had: then batches go by pipe."""
+    if descriptor is None:
+        return None
+    try:
+        segment = Segment(size, descriptor)
+    except OSError:
+        return None
+    segment.close()
+    return segment.array()
 
 
 def _make(
@@ -155,17 +161,24 @@ def _make(
             break
     used = packer.outgoing.used
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_mib(resource.RUSAGE_SELF)
+    return Made(batches, wrong, used, used + packer.inline, seconds, peak)
+
+
+def peak_mib(who: int) -> int:
+    """The most memory that this process, or one of its children that ended, ever had."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return Made(batches, wrong, used, used + packer.inline, seconds, peak // unit)
+    return resource.getrusage(who).ru_maxrss // unit
 
 
 def failure(error: BaseException, number: int) -> Failure:
     """An error as something that the main process can raise again."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # a local class, or one whose constructor wants more than it keeps
+        arrives = str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:
+        arrives = False
+    if not arrives:  # a local class, or one whose constructor wants other than it keeps
         plain = RuntimeError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", []):
             plain.add_note(note)
