@@ -195,10 +195,10 @@ class Functions(TaskSet):
         if self.noise:
             y = y + self.noise * torch.randn(y.shape, **anywhere)
         return Task(
-            x[:, :n_context],
-            y[:, :n_context],
-            x[:, n_context:],
-            y[:, n_context:],
+            x[:, :n_context].contiguous(),
+            y[:, :n_context].contiguous(),
+            x[:, n_context:].contiguous(),
+            y[:, n_context:].contiguous(),
             {"parameters": parameters},
         )
 

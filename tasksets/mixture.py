@@ -24,7 +24,7 @@ from metabatch_cli.batching.streams import (
     seed_global_generators,
     uniforms,
 )
-from metabatch_cli.batching.task import Task, as_task
+from metabatch_cli.batching.task import Task, as_task, tree_map
 from metabatch_cli.batching.taskset import (
     Split,
     TaskSet,
@@ -76,7 +76,8 @@ class OneComponent(MixtureLaw):
         """Where a batch of each component finds its tasks."""
         if all(count is None for count in self.tasks):
             return None
-        endless = None in self.tasks
+        shares = zip(self.tasks, self.weights, strict=True)
+        endless = any(count is None for count, weight in shares if weight)
         parts: list[range | None] = []
         start = 0
         for count, weight in zip(self.tasks, self.weights, strict=True):
@@ -306,7 +307,9 @@ class Mixture(TaskSet):
             component = torch.from_numpy(self._component[places].astype(np.int64))
             return component, torch.from_numpy(self._inner[places])
         numbers = uniforms(indices, 2, self.split, "mixture")
-        edges = torch.tensor([float(edge) for edge in accumulate(self.weights)][:-1])
+        edges = torch.tensor(
+            [float(edge) for edge in accumulate(self.weights)][:-1], dtype=torch.float64
+        )
         component = torch.bucketize(numbers[:, 0].contiguous(), edges.double(), right=True)
         inner = indices.clone()
         for number in self._drawn:
@@ -365,7 +368,11 @@ class Mixture(TaskSet):
             task = as_task(made)
         except TypeError as error:
             raise TypeError(f"tasksets.{self._name(number)}: {error}") from error
-        assert isinstance(task, Task)
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"tasksets.{self._name(number)} gave a {type(task).__name__}: tasks of sizes of "
+                "their own cannot be mixed"
+            )
         return task
 
     def _example(self, number: int, sizes: Mapping[str, int]) -> Task:
@@ -375,7 +382,9 @@ class Mixture(TaskSet):
             if len(self._examples) >= _EXAMPLES:
                 self._examples.clear()
             generator = torch.Generator().manual_seed(0)
-            self._examples[key] = self._create(number, torch.tensor([0]), sizes, generator)
+            made = self._create(number, torch.tensor([0]), sizes, generator)
+            # not as it is: it may lie in the message of the batch at hand
+            self._examples[key] = tree_map(Tensor.clone, made)
         return self._examples[key]
 
     # --- what is known -----------------------------------------------------------------------
@@ -499,6 +508,10 @@ def _check_components(tasksets: Mapping[str, TaskSet]) -> None:
             raise TypeError(f"tasksets.{name} is a {type(taskset).__name__}, not a TaskSet")
         if isinstance(taskset, Mixture):
             raise TypeError(f"tasksets.{name} is a mixture itself: name its components here")
+        if taskset.ragged:
+            raise TypeError(
+                f"tasksets.{name} is ragged: tasks of sizes of their own cannot be mixed"
+            )
         if "." in str(name):
             raise ValueError(f"tasksets.{name}: a name has no dot")
 

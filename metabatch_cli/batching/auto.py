@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -57,6 +58,13 @@ def choose_workers(
         return Choice(0, f"{facts}: {cores} cores have no room for workers")
     expected = f"about {_ms(times[fewest])} a step instead of {_ms(alone)}"
     return Choice(fewest, f"{facts}: {expected}")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def measure(action: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from metabatch_cli.batching.streams import (
     one_at_a_time,
     seed_global_generators,
 )
-from metabatch_cli.batching.task import concatenate
+from metabatch_cli.batching.task import concatenate, contiguous
 from metabatch_cli.batching.taskset import TaskSet, makes_whole_batches
 
 
@@ -71,7 +71,8 @@ class BatchMaker:
             if threads > 1:  # sums and factorisations have other bits on two (a worker has one)
                 torch.set_num_threads(1)
             try:
-                return self._make_whole(spec) if self.whole else self._make_each(spec)
+                batch = self._make_whole(spec) if self.whole else self._make_each(spec)
+                return contiguous(batch)
             except Exception as error:
                 error.add_note(self.note(spec))
                 raise

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import multiprocessing
 import operator
-import os
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import torch
 
-from metabatch_cli.batching.auto import Choice, choose_workers, measure
+from metabatch_cli.batching.auto import Choice, choose_workers, cores, measure
 from metabatch_cli.batching.balance import Balance, as_balance
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
 from metabatch_cli.batching.plan import Plan
+from metabatch_cli.batching.preflight import on_a_gpu, unsendable
 from metabatch_cli.batching.streams import DEVICE_STREAM_VERSION, STREAM_VERSION
 from metabatch_cli.batching.taskset import TaskSet, n_tasks
 from metabatch_cli.batching.transport import Transport
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _FOREVER = 2**62  # steps
 
 
@@ -53,8 +54,9 @@ class TaskLoader:
         shuffle: whether every epoch has an order of its own.
         n_batches: exactly so many full batches an epoch, drawn over repeated passes, no task
             twice in a batch. Needs `shuffle` where the set is finite.
-        num_workers: processes that create batches; 0 creates them here. `"auto"`: none for
-            whole-batch creation, else one for each core but one (four at most).
+        num_workers: processes that create batches; 0 creates them here. `"auto"`: as
+            many as pay, from what creating a batch takes and, if told, a step; see
+            `choose_workers`.
         collate_fn: joins the list of tasks of a `__gettask__` set (default: torch's).
         pin_memory: whether batches go to page-locked memory, for a fast copy to a GPU.
         drop_last: whether a last batch that is not full is left out.
@@ -63,7 +65,8 @@ class TaskLoader:
             task.
         multiprocessing_context: start method of the workers, or a context.
         generator: gives the seed, by one draw now, where no `seed` is given.
-        prefetch_factor: batches that each worker is ahead.
+        prefetch_factor: messages, of one heavy batch or up to 64 tiny ones, that each worker is
+            ahead; no more than 32 of them.
         persistent_workers: whether workers live on from one epoch to the next.
         pin_memory_device: only for compatibility; torch chooses the device itself.
         workers: another name for `num_workers`.
@@ -76,8 +79,8 @@ class TaskLoader:
             its `alpha` and `kind`; batches are then drawn one by one and always full. Needs
             `shuffle`.
         create_on: `"device"` creates whole batches on `device`, for a task set that
-            `creates_anywhere`: nothing has to be moved. Its generator gives other numbers than
-            the CPU's, and other ones on other kinds of devices.
+            `creates_anywhere`: nothing has to be moved. A GPU's generator gives other numbers
+            than the CPU's, and other ones on other kinds of devices.
 
     Raises:
         ValueError, TypeError: arguments that cannot be or do not fit together, by name.
@@ -143,12 +146,12 @@ class TaskLoader:
             world_size=operator.index(world_size),
             shards=operator.index(shards),
             balance=as_balance(balance),
-            classes=dataset.classes,
+            classes=None if balance is None else dataset.classes,
         )
         if create_on not in ("cpu", "device"):
             raise ValueError(f"create_on={create_on!r}: choose from cpu, device")
-        self.create_on = create_on
-        there = (self.device or torch.device("cpu")) if create_on == "device" else None
+        elsewhere = self.device is not None and self.device.type != "cpu"
+        there = self.device if create_on == "device" and elsewhere else None
         self._maker = BatchMaker(dataset, self.seed, dataset.split, collate_fn, there)
         if self._maker.whole and collate_fn is not None:
             raise TypeError(
@@ -156,7 +159,7 @@ class TaskLoader:
                 "(__gettasks__): leave collate_fn out"
             )
         self._workers = _check_workers(num_workers if workers is None else workers)
-        if create_on == "device":
+        if there is not None:
             if self._workers:
                 raise ValueError(
                     f"workers={self._workers} make tasks on the CPU: with create_on='device' "
@@ -168,7 +171,7 @@ class TaskLoader:
         self._step = 0  # batches that were handed out, over all epochs
         self._mid_epoch = False  # whether a batch was handed out since the state was set
         self._loads = 0  # how often it was set, or the loader closed: older iterators are stale
-        self._opened = 0  # how often workers were given to an iterator
+        self._reads = 0  # how often an iterator began: older ones are no longer valid
         self._landing = Landing(self.device, pin_memory)
         self._open_transports: list[Transport] = []  # none or one
         # also at garbage collection, and at exit before multiprocessing ends daemons its own way
@@ -177,7 +180,12 @@ class TaskLoader:
     @property
     def stream_version(self) -> int:
         """The law of the random streams; the same seed gives the same tasks under the same law."""
-        return DEVICE_STREAM_VERSION if self.create_on == "device" else STREAM_VERSION
+        return STREAM_VERSION if self.created_on is None else DEVICE_STREAM_VERSION
+
+    @property
+    def created_on(self) -> torch.device | None:
+        """The device that creates batches; None for the CPU."""
+        return self._maker.device
 
     @property
     def makes_whole_batches(self) -> bool:
@@ -212,7 +220,18 @@ class TaskLoader:
                 steps = itertools.count(self._step)
                 creation = measure(lambda: self.batch_at(next(steps)))
             self.choice = choose_workers(creation, step, cores(), busy_cores)
+            obstacle = self._obstacle() if self.choice.workers else None
+            if obstacle is not None:
+                self.choice = Choice(0, f"{obstacle} cannot be sent to a worker")
             self._workers = self.choice.workers
+
+    def _obstacle(self) -> str | None:
+        method = self.multiprocessing_context
+        if not hasattr(method, "get_start_method"):
+            method = multiprocessing.get_context(method)
+        if method.get_start_method() != "fork":
+            return on_a_gpu(self.dataset) or unsendable(self._maker, self.worker_init_fn)
+        return on_a_gpu(self.dataset)
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -249,17 +268,17 @@ class TaskLoader:
         return self._landing.finish(self._maker(self.plan.spec(_at_least("step", step, 0))))
 
     def _read(self, steps: range) -> Iterator[Any]:
-        loads = self._loads
+        self._reads += 1
+        loads, reads = self._loads, self._reads
         transport = self._open(steps) if self.num_workers else None
-        opened = self._opened
         spec, maker, landing = self.plan.spec, self._maker, self._landing
         batches = transport.read(steps) if transport is not None else None
         try:
             for step in steps:
-                if loads != self._loads or (transport is not None and opened != self._opened):
+                if loads != self._loads or reads != self._reads:
                     raise RuntimeError(
                         "this iterator is no longer valid: the loader was closed, was given "
-                        "another state, or its workers serve a newer iterator"
+                        "another state, or is read by a newer iterator"
                     )
                 if batches is not None:
                     batch = next(batches)
@@ -271,18 +290,19 @@ class TaskLoader:
                 self._mid_epoch = True
                 yield batch
         finally:
-            if transport is not None and opened == self._opened and not self.persistent_workers:
+            if transport is not None and reads == self._reads and not self.persistent_workers:
                 self._stop_workers()
 
     def _open(self, steps: range) -> Transport:
-        self._opened += 1
-        if self._open_transports and self.persistent_workers:
-            return self._open_transports[0]
+        if self.persistent_workers:
+            for transport in self._open_transports:
+                if transport.belongs_here:  # in a fork the workers are somebody else's
+                    return transport
         self._stop_workers()
         transport = Transport(
             self._maker,
             self.plan,
-            min(self.num_workers, len(steps)),
+            self.num_workers if self.persistent_workers else min(self.num_workers, len(steps)),
             ahead=self.prefetch_factor,
             context=self.multiprocessing_context,
             first=self.worker_init_fn,
@@ -330,6 +350,7 @@ class TaskLoader:
         return {
             "version": STATE_VERSION,
             "stream_version": self.stream_version,
+            "created_on": -1 if self.created_on is None else _number_of(self.created_on.type),
             "seed": self.seed,
             "split": _number_of(plan.split),
             "taskset": _number_of(f"{kind.__module__}.{kind.__qualname__}"),
@@ -374,13 +395,6 @@ def _at_least(name: str, value: Any, least: int) -> Any:
     if value < least:
         raise ValueError(f"{name}={value!r} must be at least {least}")
     return value
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_workers(workers: int | str) -> int | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.preflight import attributes
 from metabatch_cli.batching.task import digest, tree_paths
+from metabatch_cli.batching.taskset import TaskSet
 
 _STEPS = (0, 1, 2, 3, 1000)
 _LARGE = 100_000  # numbers in an array beyond which nobody looks whether it changes
@@ -22,14 +26,18 @@ class NotReproducible(ValueError):
     """Batches depend on something else than seed and step; says on what, as far as it shows."""
 
 
-def check_strictly(loader: TaskLoader, steps: Sequence[int] = _STEPS) -> None:
-    """Make some batches forwards, and again backwards.
+def check_strictly(
+    loader: TaskLoader, again: TaskSet | None = None, steps: Sequence[int] = _STEPS
+) -> None:
+    """Make some batches forwards, and again backwards by a second, unused task set.
 
     A task set passes if its batches follow from seed and step alone, so that workers, resumes
     and ranks cannot change them, and if it leaves the caller's generators alone.
 
     Args:
         loader: whose batches; nothing of it changes.
+        again: the same task set constructed once more, as a worker or a resumed run would have
+            it; None for a copy of the loader's, which cannot show what its constructor draws.
         steps: which ones.
 
     Raises:
@@ -38,14 +46,21 @@ def check_strictly(loader: TaskLoader, steps: Sequence[int] = _STEPS) -> None:
     """
     name = type(loader.dataset).__name__
     with _kept_global_states():
+        other = BatchMaker(
+            deepcopy(loader.dataset) if again is None else again,
+            loader.seed,
+            loader.dataset.split,
+            loader.collate_fn,
+            loader.created_on,
+        )
         before = _outline(loader.dataset)
         expected: dict[int, Any] = {}
         moved = _moved_by(lambda: expected.update((step, loader.batch_at(step)) for step in steps))
-        cause = _changes(before, _outline(loader.dataset), name)
+        cause = _changes(before, _outline(loader.dataset))
         if moved:
             cause = f"it draws from the global generator of {moved}"
         for step in reversed(steps):
-            place = _difference(expected[step], loader.batch_at(step))
+            place = _difference(expected[step], other(loader.plan.spec(step)))
             if place is not None:
                 raise NotReproducible(
                     f"{name} is not reproducible: {place} of step {step}, made twice, differs; "
@@ -123,16 +138,17 @@ def _kept_global_states() -> Iterator[None]:
 
 def _outline(taskset: Any) -> dict[str, tuple[str, str]]:
     """What each attribute is and holds, as far as that is quickly seen."""
-    return {name: (_kind(value), _text_of(value)) for name, value in vars(taskset).items()}
+    named = attributes(taskset, type(taskset).__name__)
+    return {name: (_kind(value), _text_of(value)) for name, value in named}
 
 
-def _changes(
-    before: dict[str, tuple[str, str]], after: dict[str, tuple[str, str]], name: str
-) -> str | None:
-    for attribute, (kind, held) in after.items():
-        if attribute not in before or before[attribute][1] != held:
-            return f"{name}.{attribute}, {kind}, changes while tasks are made"
-    return None
+def _changes(before: dict[str, tuple[str, str]], after: dict[str, tuple[str, str]]) -> str | None:
+    """The attribute that changed; a generator rather than a cache that may be innocent."""
+    changed = [name for name in after if after[name] != before.get(name)]
+    changed.sort(key=lambda name: not after[name][0].endswith(("Generator", "Random", "State")))
+    return (
+        f"{changed[0]}, {after[changed[0]][0]}, changes while tasks are made" if changed else None
+    )
 
 
 def _kind(value: Any) -> str:

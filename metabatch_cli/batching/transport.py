@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import set_spawning_popen
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
 from metabatch_cli.batching.packing import Incoming
 from metabatch_cli.batching.plan import Plan
+from metabatch_cli.batching.preflight import on_a_gpu, unsendable
 from metabatch_cli.batching.shared import Segment, send_descriptor
 from metabatch_cli.batching.worker import Failure, Made, Make, peak_mib, signals_held_back, work
 
@@ -128,7 +127,7 @@ class Transport:
         self._batch_bytes = 0  # the largest seen
         self._batch_seconds: float | None = None  # the latest
         self._run_length = 1
-        held = _on_a_gpu(maker.taskset)
+        held = on_a_gpu(maker.taskset)
         if held:
             raise ValueError(
                 f"{held} lies on a GPU: workers make tasks on the CPU; keep it there (the loader "
@@ -178,8 +177,13 @@ class Transport:
                 raise error
             del run, memory, made, batches
 
+    @property
+    def belongs_here(self) -> bool:
+        """Whether the workers are this process's, and not those of one that it was forked from."""
+        return os.getpid() == self._owner
+
     def _refuse_a_fork(self) -> None:
-        if os.getpid() != self._owner:  # two readers of one pipe get half a message each
+        if not self.belongs_here:  # two readers of one pipe get half a message each
             raise RuntimeError(
                 "these workers belong to the process that this one was forked from: read a "
                 "TaskLoader of its own here"
@@ -348,9 +352,10 @@ class Transport:
                 resource_tracker.ensure_running()
             if method == "forkserver":
                 forkserver.ensure_running()
+            own = self._first, torch.get_default_dtype()
             process: Any = self._context.Process(
                 target=work,
-                args=(theirs, os.getpid(), number, self.maker, self.plan, self._first),
+                args=(theirs, os.getpid(), number, self.maker, self.plan, *own),
                 name=f"metabatch-worker-{number}",
                 daemon=True,
             )
@@ -358,7 +363,7 @@ class Transport:
                 with signals_held_back():
                     process.start()
             except Exception as error:
-                culprit = _unsendable(self.maker, self._first) if method != "fork" else None
+                culprit = unsendable(self.maker, self._first) if method != "fork" else None
                 if culprit is None:
                     raise
                 raise TypeError(
@@ -498,42 +503,3 @@ def _name_of_signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
-
-
-def _on_a_gpu(taskset: Any) -> str | None:
-    for name, value in vars(taskset).items():
-        if isinstance(value, torch.Tensor) and value.is_cuda:
-            return f"{type(taskset).__name__}.{name}"
-    return None
-
-
-class _NoProcess:
-    """What pickling for a new process asks of it, without one."""
-
-    DupFd = staticmethod(int)
-
-    @staticmethod
-    def duplicate_for_child(descriptor: int) -> int:
-        return descriptor
-
-
-def _unsendable(maker: BatchMaker, first: Any) -> str | None:
-    """The name of what cannot be pickled, as far down as the task set's own attributes."""
-    taskset = maker.taskset
-    named = {
-        "worker_init_fn": first,
-        "collate_fn": maker.collate,
-        **{f"{type(taskset).__name__}.{name}": value for name, value in vars(taskset).items()},
-        type(taskset).__name__: taskset,
-    }
-    pretended: Any = _NoProcess
-    set_spawning_popen(pretended)
-    try:
-        for name, value in named.items():
-            try:
-                ForkingPickler.dumps(value)
-            except Exception:
-                return name
-    finally:
-        set_spawning_popen(None)
-    return None

@@ -78,6 +78,7 @@ def work(
     maker: BatchMaker,
     plan: Plan,
     first: Callable[[int], None] | None,
+    dtype: torch.dtype,
 ) -> None:
     """Make what the main process asks for until it says None.
 
@@ -87,12 +88,14 @@ def work(
         number: of this worker.
         maker, plan: from a step to its batch.
         first: the user's `worker_init_fn`.
+        dtype: torch's default type of floats in the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_later)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     _die_with(main)
     torch.set_num_threads(1)
+    torch.set_default_dtype(dtype)
     with suppress(AttributeError, OSError):  # only Linux has it
         # as much time as others, but a worker that wakes up does not take the core of the
         # training step: it waits for the next one that is free
@@ -162,7 +165,7 @@ def _make(
     used = packer.outgoing.used
     seconds = time.perf_counter() - began
     peak = peak_mib(resource.RUSAGE_SELF)
-    return Made(batches, wrong, used, used + packer.inline, seconds, peak)
+    return Made(batches, wrong, used, used + sum(map(len, batches)), seconds, peak)
 
 
 def peak_mib(who: int) -> int:

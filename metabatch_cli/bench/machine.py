@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import metabatch_cli
-from metabatch_cli.batching.loader import cores
+from metabatch_cli.batching.auto import cores
 
 BUSY = 0.5  # of a core: starting this program makes up less
 UNSTEADY = 1.2  # how much slower than the fastest the same work is, in the median

@@ -1,4 +1,4 @@
-"""`metabatch check`: build everything, draw two batches, take one step, leave nothing behind."""
+"""`metabatch check`: build everything, make batches twice, take one step, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def job(config: DictConfig) -> None:
 
     from metabatch_cli.batching.strict import NotReproducible, check_strictly
     from metabatch_cli.batching.task import as_task
-    from metabatch_cli.config import choices
+    from metabatch_cli.config import build, choices
     from metabatch_cli.config.check import check
     from metabatch_cli.config.errors import UserError
     from metabatch_cli.engine.parts import Parts, describe
@@ -35,7 +35,7 @@ def job(config: DictConfig) -> None:
     reporter.plan("checking", describe(parts))
 
     try:
-        check_strictly(parts.loader)
+        check_strictly(parts.loader, build.build_taskset(parts.config, "train"))
     except NotReproducible as error:
         raise UserError(f"taskset: {error}") from error
     with parts.loader as loader:

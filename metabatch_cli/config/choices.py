@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metabatch_cli.batching.loader import cores
+from metabatch_cli.batching.auto import cores
 from metabatch_cli.config.errors import ConfigError
 
 

@@ -66,6 +66,7 @@ def measure_step(parts: Parts) -> dict[str, float]:
     what is wrong will show, and be recorded, in training.
     """
     learner = deepcopy(parts.learner).train()
+    pieces = parts.config.trainer.accumulate
     creation: list[float] = []
     seconds: list[float] = []
     cpu: list[float] = []
@@ -76,9 +77,12 @@ def measure_step(parts: Parts) -> dict[str, float]:
         times.append(time.perf_counter())
         busy = time.process_time()
         learner.zero_grad(set_to_none=True)
-        with parts.precision.autocast():
-            loss = learner(parts.precision.prepare(batch))
-        loss.backward()
+        tasks = parts.precision.prepare(batch)
+        size = len(tasks.target_x) // pieces
+        for start in range(0, size * pieces, size):  # no more memory than in training
+            with parts.precision.autocast():
+                loss = learner(slice_tasks(tasks, start, start + size) if pieces > 1 else tasks)
+            loss.backward()
         loss.item()  # waits for a GPU to get there
         cpu.append(time.process_time() - busy)
         times.append(time.perf_counter())

@@ -75,9 +75,40 @@ class Remembers(Draws):
         return {**super().__gettask__(index, n_context, n_target), "first": first}
 
 
+class FirstBatch(Waves):
+    """Normalises by the first batch that this object happens to make."""
+
+    scale = None
+
+    def __gettasks__(self, indices, n_context, n_target, generator):
+        tasks = super().__gettasks__(indices, n_context, n_target, generator)
+        if self.scale is None:
+            self.scale = tasks.target_y.abs().mean().item()
+        return tasks._replace(target_y=tasks.target_y / self.scale)
+
+
+class Constructed(Waves):
+    """Draws something when it is made that no seed reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = np.random.default_rng().normal()
+
+    def __gettasks__(self, indices, n_context, n_target, generator):
+        tasks = super().__gettasks__(indices, n_context, n_target, generator)
+        return tasks._replace(target_y=tasks.target_y + self.shift)
+
+
+def test_what_its_constructor_draws_shows_in_a_second_one():
+    with pytest.raises(NotReproducible, match="target_y of task 0"):
+        check_strictly(TaskLoader(Constructed(), batch_size=4), Constructed())
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        (Remembers, r"first of task 0 of step 1000.*Remembers\.cache, a dict, changes"),
+        (FirstBatch, r"target_y of task 0 of step 1000.*FirstBatch\.scale, a float, changes"),
         (OwnNumpy, r"target_y of task 0 of step 1000.*OwnNumpy\.rng, a numpy\.Generator, changes"),
         (OwnPython, r"target of task 0 of step 1000.*OwnPython\.chance, a random\.Random, changes"),
         (OwnTorch, r"context_x of task 0 of step 1000.*OwnTorch\.generator, a torch.*changes"),

@@ -214,3 +214,16 @@ def test_the_digest_reads_all_of_a_long_array():
 def test_arrays_of_words_have_a_digest():
     assert digest(np.array(["a", "b"])) == digest(np.array(["a", "b"]))
     assert digest(np.array(["a", "b"])) != digest(np.array(["a", "c"]))
+
+
+@pytest.mark.parametrize(
+    ("odd", "plain"),
+    [
+        (torch.zeros(4)[::4], torch.zeros(1)),
+        (torch.tensor([1 + 2j]).conj(), torch.tensor([1 - 2j])),
+        (torch.tensor([1 + 2j]).conj().imag, torch.tensor([-2.0])),
+        (torch.arange(6.0).view(2, 3).t(), torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])),
+    ],
+)
+def test_a_digest_is_of_the_numbers_however_they_lie_in_memory(odd, plain):
+    assert digest(odd) == digest(plain)

@@ -591,3 +591,11 @@ def test_a_plan_without_parts_is_as_it_was():
     assert law.parts is None
     plan = Plan(n_tasks=None, law=law, batch_size=4)
     assert plan.indices(3).tolist() == [12, 13, 14, 15]
+
+
+def test_tasks_of_sizes_of_their_own_cannot_be_mixed_and_the_component_is_named():
+    class Ragged(Functions):
+        ragged = True
+
+    with pytest.raises(TypeError, match=r"tasksets\.b is ragged"):
+        Mixture({"a": sine(), "b": Ragged(Sine(), 1, 3, 5)})
