@@ -67,6 +67,19 @@ def contiguous(tree: Any) -> Any:
     Sums over other strides may round in another order: a batch that is made here must not differ
     in them from one that has travelled.
     """
+    if type(tree) is Task:  # the hot path: most are as they should be
+        try:
+            context_x, context_y, target_x, target_y, aux = tree
+            if (
+                context_x.is_contiguous()
+                and context_y.is_contiguous()
+                and target_x.is_contiguous()
+                and target_y.is_contiguous()
+                and all(map(Tensor.is_contiguous, aux.values()))
+            ):
+                return tree
+        except (AttributeError, TypeError):  # not all of it are tensors
+            pass
     if _lies_without_gaps(tree):
         return tree
     return tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, tree)
@@ -76,12 +89,6 @@ def _lies_without_gaps(tree: Any) -> bool:
     kind = type(tree)
     if kind is Tensor:
         return tree.is_contiguous()
-    if kind is Task:  # the hot path
-        for leaf in (*tree[:4], *tree.aux.values()):
-            if type(leaf) is not Tensor or not leaf.is_contiguous():
-                break
-        else:
-            return True
     if isinstance(tree, Mapping):
         return all(map(_lies_without_gaps, tree.values()))
     if isinstance(tree, (tuple, list)):
