@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from metabatch_cli.batching.arguments import choose_from
 from metabatch_cli.batching.collate import stacked
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
 from metabatch_cli.batching.streams import (
@@ -168,9 +168,7 @@ class Mixture(TaskSet):
         split: Split | None = None,
     ) -> None:
         if mixed not in ("batch", "tasks"):
-            near = difflib.get_close_matches(str(mixed), ("batch", "tasks"), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"mixed={mixed!r}: choose from batch, tasks{hint}")
+            raise ValueError(f"mixed={mixed!r}: {choose_from(mixed, ('batch', 'tasks'))}")
         _check_components(tasksets)
         self.tasksets = dict(tasksets)
         self.weights = _shares(weights, list(self.tasksets))
@@ -525,11 +523,8 @@ def _shares(
     if isinstance(weights, Mapping):
         for name in weights:
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(
-                    f"weights.{name}: there is no such component; choose from "
-                    f"{', '.join(names)}{hint}"
+                    f"weights.{name}: there is no such component; {choose_from(name, names)}"
                 )
         missing = [name for name in names if name not in weights]
         if missing:

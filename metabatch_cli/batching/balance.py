@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from bisect import bisect_right
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from metabatch_cli.batching.arguments import choose_from
 from metabatch_cli.batching.streams import StepStream, distinct
 
 KINDS = ("fixed", "random")
@@ -57,7 +57,7 @@ class Balance:
             )
         if self.kind not in KINDS:
             raise ValueError(f"balance.kind={self.kind!r}: no such kind; "
-                             f"{_choices(str(self.kind), KINDS)}")  # fmt: skip
+                             f"{choose_from(self.kind, KINDS)}")  # fmt: skip
         object.__setattr__(self, "alpha", float(self.alpha))
 
 
@@ -76,7 +76,7 @@ def as_balance(balance: Balance | Mapping[str, Any] | None) -> Balance | None:
     for name in balance:
         if name not in known:
             raise ValueError(f"balance.{name}: there is no such field; "
-                             f"{_choices(str(name), known)}")  # fmt: skip
+                             f"{choose_from(name, known)}")  # fmt: skip
     return Balance(**balance)
 
 
@@ -256,9 +256,3 @@ def _check_classes(classes: Any, n_tasks: int | None) -> np.ndarray:
             "that have tasks from 0 on (numpy.unique(…, return_inverse=True) does)"
         )
     return labels
-
-
-def _choices(wrong: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wrong, names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"choose from {', '.join(names)}{hint}"

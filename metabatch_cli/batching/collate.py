@@ -42,8 +42,8 @@ def stacked(tasks: list[Any]) -> Any:
 def _stack(tensors: list[Tensor], *, collate_fn_map: Any = None) -> Tensor:
     """Tensors stacked where the batch will be sent from, instead of copied there afterwards."""
     first = tensors[0]
-    alike = all(tensor.dtype == first.dtype for tensor in tensors)
-    if not alike or first.layout is not torch.strided or first.requires_grad:
+    alike = all(tensor.dtype == first.dtype and not tensor.requires_grad for tensor in tensors)
+    if not alike or first.layout is not torch.strided:
         return torch.stack(tensors)
     return torch.stack(tensors, out=empty(len(tensors), *first.shape, dtype=first.dtype))
 

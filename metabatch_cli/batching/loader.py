@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from metabatch_cli.batching.arguments import at_least
 from metabatch_cli.batching.auto import Choice, choose_workers, cores, measure
 from metabatch_cli.batching.balance import Balance, as_balance
 from metabatch_cli.batching.create import BatchMaker
@@ -124,10 +125,10 @@ class TaskLoader:
         n_batches = None if n_batches is None else operator.index(n_batches)
         self.collate_fn = collate_fn
         self.pin_memory = pin_memory
-        self.timeout = _at_least("timeout", timeout, 0)
+        self.timeout = at_least("timeout", timeout, 0)
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context = multiprocessing_context
-        self.prefetch_factor = _at_least(
+        self.prefetch_factor = at_least(
             "prefetch_factor", 2 if prefetch_factor is None else prefetch_factor, 1
         )
         self.persistent_workers = persistent_workers
@@ -265,7 +266,7 @@ class TaskLoader:
         Args:
             step: counted from 0 over all epochs.
         """
-        return self._landing.finish(self._maker(self.plan.spec(_at_least("step", step, 0))))
+        return self._landing.finish(self._maker(self.plan.spec(at_least("step", step, 0))))
 
     def _read(self, steps: range) -> Iterator[Any]:
         self._reads += 1
@@ -389,12 +390,6 @@ def _close_all(transports: list[Transport]) -> None:
 def _number_of(text: str) -> int:
     # 48 bits: an integer that JSON readers keep exactly
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
-
-
-def _at_least(name: str, value: Any, least: int) -> Any:
-    if value < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}")
-    return value
 
 
 def _check_workers(workers: int | str) -> int | None:

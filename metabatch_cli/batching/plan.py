@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metabatch_cli.batching.arguments import at_least
 from metabatch_cli.batching.balance import Balance, BalancedDraws
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
 from metabatch_cli.batching.streams import StepStream, Stream, distinct, permutation
@@ -90,9 +91,9 @@ class Plan:
         balance: Balance | None = None,
         classes: Any = None,
     ) -> None:
-        _check_at_least("batch_size", batch_size, 1)
-        _check_at_least("shards", shards, 1)
-        _check_at_least("world_size", world_size, 1)
+        at_least("batch_size", batch_size, 1)
+        at_least("shards", shards, 1)
+        at_least("world_size", world_size, 1)
         if batch_size % shards:
             legal = [k for k in range(1, batch_size + 1) if batch_size % k == 0]
             raise ValueError(
@@ -108,7 +109,7 @@ class Plan:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must be in 0 … {world_size - 1}")
         if n_batches is not None:
-            _check_at_least("n_batches", n_batches, 1)
+            at_least("n_batches", n_batches, 1)
             if n_tasks is not None and not shuffle:
                 raise ValueError(f"n_batches={n_batches} draws at random: it needs shuffle=True")
             if n_tasks is not None and batch_size > n_tasks:
@@ -117,7 +118,7 @@ class Plan:
                     "n_batches gives full batches without a task twice"
                 )
         if n_tasks is not None:
-            _check_at_least("len(dataset)", n_tasks, 1)
+            at_least("len(dataset)", n_tasks, 1)
             if drop_last and n_batches is None and batch_size > n_tasks:
                 raise ValueError(
                     f"batch_size={batch_size} is larger than the task set ({n_tasks} tasks): "
@@ -262,8 +263,3 @@ class Plan:
                 order = np.concatenate([order[first], order[rest]])
             before = order
         return before
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")

@@ -13,14 +13,23 @@ from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.taskset import TaskSet
 
 
-def attributes(owner: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The attributes of a task set by name, those of task sets and datasets inside it too."""
+def attributes(owner: Any, name: str, above: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """The attributes of a task set by name, those of task sets and datasets inside it too.
+
+    Args:
+        above: what it lies in, which is not entered again.
+    """
+    above = (*above, owner)
     for attribute, value in vars(owner).items():
         yield f"{name}.{attribute}", value
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for key, part in parts:
-            if isinstance(part, TaskSet) or (attribute == "dataset" and hasattr(part, "__dict__")):
-                yield from attributes(part, f"{name}.{attribute}" + (f".{key}" if key else ""))
+            inside = isinstance(part, TaskSet) or (
+                attribute == "dataset" and hasattr(part, "__dict__")
+            )
+            if inside and not any(part is outer for outer in above):
+                where = f"{name}.{attribute}" + (f".{key}" if key else "")
+                yield from attributes(part, where, above)
 
 
 def on_a_gpu(taskset: TaskSet) -> str | None:

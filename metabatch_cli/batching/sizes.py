@@ -7,12 +7,12 @@ all ranks agree without a word between them. Every law checks its own bounds whe
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from metabatch_cli.batching.arguments import at_least, choose_from
 from metabatch_cli.batching.streams import integer, unit
 
 WORDS = 8  # random words of a step; a law may use all but the last, which a mixture needs
@@ -79,9 +79,9 @@ class Metabatch(SizeLaw):
                 "that it has"
             )
         if full and self.total_tgt_pts is not None:
-            _check_at_least("total_tgt_pts", self.total_tgt_pts, 1)
+            at_least("total_tgt_pts", self.total_tgt_pts, 1)
         if self.predict_full_target_during_eval and self.total_tgt_pts is not None:
-            _check_at_least("total_tgt_pts", self.total_tgt_pts, self.max_ctx_pts + 1)
+            at_least("total_tgt_pts", self.total_tgt_pts, self.max_ctx_pts + 1)
 
     def draw(self, words: Sequence[int]) -> dict[str, int]:
         n_context = integer(words[0], self.min_pts, self.max_ctx_pts)
@@ -121,8 +121,8 @@ class Rest(SizeLaw):
             raise ValueError("total_tgt_pts=None: the law 'rest' needs the total of points")
         least = self.min_pts if self.min_tgt_pts is None else self.min_tgt_pts
         object.__setattr__(self, "min_tgt_pts", least)
-        _check_at_least("min_tgt_pts", least, 1)
-        _check_at_least("total_tgt_pts", self.total_tgt_pts, self.max_ctx_pts + least)
+        at_least("min_tgt_pts", least, 1)
+        at_least("total_tgt_pts", self.total_tgt_pts, self.max_ctx_pts + least)
 
     def draw(self, words: Sequence[int]) -> dict[str, int]:
         n_context = self._draw_context(words[0])
@@ -162,8 +162,8 @@ class Fixed(SizeLaw):
     max_tgt_pts: int
 
     def __post_init__(self) -> None:
-        _check_at_least("max_ctx_pts", self.max_ctx_pts, 0)
-        _check_at_least("max_tgt_pts", self.max_tgt_pts, 1)
+        at_least("max_ctx_pts", self.max_ctx_pts, 0)
+        at_least("max_tgt_pts", self.max_tgt_pts, 1)
 
     def draw(self, words: Sequence[int]) -> dict[str, int]:
         return {"n_context": self.max_ctx_pts, "n_target": self.max_tgt_pts}
@@ -189,7 +189,7 @@ class WayShot(SizeLaw):
             bounds = (value, value) if isinstance(value, int) else tuple(value)
             if len(bounds) != 2 or not all(isinstance(bound, int) for bound in bounds):
                 raise ValueError(f"{name}={value!r} must be a number or a range [low, high]")
-            _check_at_least(name, bounds[0], least)
+            at_least(name, bounds[0], least)
             if bounds[1] < bounds[0]:
                 raise ValueError(f"{name}={list(bounds)}: a range begins with its smaller end")
             object.__setattr__(self, name, bounds)
@@ -242,13 +242,13 @@ def make_law(sizes: str | Mapping[str, Any] | SizeLaw, arguments: Mapping[str, A
     fields = {"law": sizes} if isinstance(sizes, str) else dict(sizes)
     name = fields.pop("law", "metabatch")
     if name not in LAWS:
-        raise ValueError(f"sizes={name!r}: no such law; {_choices(str(name), list(LAWS))}")
+        raise ValueError(f"sizes={name!r}: no such law; {choose_from(name, LAWS)}")
     law = LAWS[name]
     known = [field.name for field in dataclasses.fields(law)]
     for field in fields:
         if field not in known:
             raise ValueError(f"sizes.{field}: the law {name!r} has no such field; "
-                             f"{_choices(str(field), known)}")  # fmt: skip
+                             f"{choose_from(field, known)}")  # fmt: skip
     fields = {key: arguments[key] for key in known if key in arguments} | fields
     required = [
         field.name for field in dataclasses.fields(law) if field.default is dataclasses.MISSING
@@ -260,20 +260,9 @@ def make_law(sizes: str | Mapping[str, Any] | SizeLaw, arguments: Mapping[str, A
 
 
 def _check_context(law: Any) -> None:
-    _check_at_least("min_pts", law.min_pts, 0)
+    at_least("min_pts", law.min_pts, 0)
     if law.max_ctx_pts < law.min_pts:
         raise ValueError(
             f"max_ctx_pts={law.max_ctx_pts} is smaller than min_pts={law.min_pts}: "
             "a context has min_pts … max_ctx_pts points"
         )
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
-
-
-def _choices(wrong: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(wrong, names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"choose from {', '.join(names)}{hint}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.preflight import attributes
+from metabatch_cli.batching.streams import borrowed_global_generators
 from metabatch_cli.batching.task import digest, tree_paths
 from metabatch_cli.batching.taskset import TaskSet
 
@@ -45,7 +45,7 @@ def check_strictly(
             generator, a generator that the task set owns, an attribute that changes.
     """
     name = type(loader.dataset).__name__
-    with _kept_global_states():
+    with borrowed_global_generators():
         other = BatchMaker(
             deepcopy(loader.dataset) if again is None else again,
             loader.seed,
@@ -121,19 +121,6 @@ def _global_states() -> dict[str, str]:
         "numpy.random": _text_of(state),
         "torch": digest(torch.default_generator.get_state()),
     }
-
-
-@contextmanager
-def _kept_global_states() -> Iterator[None]:
-    python_state = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    torch_state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(torch_state)
 
 
 def _outline(taskset: Any) -> dict[str, tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.task import Task
+from metabatch_cli.batching.taskset import TaskSet
 from metabatch_cli.bench.work import LENGTH, OneByOne, Work, stack
 
 PREFETCH = 2  # batches that each worker is ahead, torch's own default, for all who have workers
@@ -95,25 +96,20 @@ def original(work: Work, batch_size: int, workers: int) -> Iterator[Batches]:
         yield batches
 
 
-@contextmanager
-def ours(work: Work, batch_size: int, workers: int) -> Iterator[Batches]:
+def ours(work: Work, batch_size: int, workers: int) -> Opened:
     """TaskLoader over the very code that the others call: one task at a time."""
-    with TaskLoader(
-        OneByOne(work),
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-    ) as loader:
-        yield loader.stream()
+    return _task_loader(OneByOne(work), batch_size, workers)
+
+
+def ours_whole(work: Work, batch_size: int, workers: int) -> Opened:
+    """TaskLoader over a set that makes whole batches."""
+    return _task_loader(work.taskset(), batch_size, workers)
 
 
 @contextmanager
-def ours_whole(work: Work, batch_size: int, workers: int) -> Iterator[Batches]:
-    """TaskLoader over a set that makes whole batches."""
+def _task_loader(taskset: TaskSet, batch_size: int, workers: int) -> Iterator[Batches]:
     with TaskLoader(
-        work.taskset(),
+        taskset,
         batch_size,
         shuffle=True,
         drop_last=True,

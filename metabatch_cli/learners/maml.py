@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.learner import Learner, Metric
-from metabatch_cli.models.masking import blank, masked_mean, mean_over_tasks
+from metabatch_cli.models.masking import blank, masked_mean, mean_over_tasks, task_scores
 
 Weights = dict[str, Tensor]
 Points = dict[str, Tensor]  # a context or a target: x, y and, if padded, mask
@@ -96,20 +96,18 @@ class MAML(Learner):
     @torch.no_grad()
     def score(self, tasks: Tasks) -> dict[str, Tensor]:
         """`mse@steps=K`, or `accuracy@steps=K`, for every K of `eval_steps`."""
-        scores = {}
+        of_points = {}
         context = _points(tasks.context_mask, x=tasks.context_x, y=tasks.context_y)
         target = _points(tasks.target_mask, x=tasks.target_x)
         outputs = self._outputs(context, target, self.eval_steps)
         target_y = blank(tasks.target_y, tasks.target_mask)
         for steps, output in zip(self.eval_steps, outputs, strict=True):
             if self.classifies:
-                name = f"accuracy@steps={steps}"
-                of_points = (output.argmax(dim=-1) == target_y).to(output.dtype)
+                hits = output.argmax(dim=-1) == target_y
+                of_points[f"accuracy@steps={steps}"] = hits.to(output.dtype)
             else:
-                name = f"mse@steps={steps}"
-                of_points = (output - target_y).square().mean(dim=2)
-            scores[name] = masked_mean(of_points, tasks.target_mask, empty=float("nan"))
-        return scores
+                of_points[f"mse@steps={steps}"] = (output - target_y).square().mean(dim=2)
+        return task_scores(of_points, tasks.target_mask)
 
     @torch.no_grad()
     def predict(

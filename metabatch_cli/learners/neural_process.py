@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.learner import Learner, Metric
-from metabatch_cli.models.masking import blank, masked_mean, mean_loss
+from metabatch_cli.models.masking import blank, mean_loss, task_scores
 
 
 class NeuralProcess(Learner):
@@ -48,10 +48,7 @@ class NeuralProcess(Learner):
             "log_likelihood": prediction.log_prob(target_y),
             "mse": (prediction.mean - target_y).square().mean(dim=2),
         }
-        return {
-            name: masked_mean(values, tasks.target_mask, empty=float("nan"))
-            for name, values in of_points.items()
-        }
+        return task_scores(of_points, tasks.target_mask)
 
     def predict(
         self,

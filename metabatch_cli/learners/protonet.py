@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.learner import Learner, Metric
-from metabatch_cli.models.masking import blank, masked_mean, mean_loss
+from metabatch_cli.models.masking import blank, mean_loss, task_scores
 
 
 class ProtoNet(Learner):
@@ -51,10 +51,7 @@ class ProtoNet(Learner):
             "accuracy": (logits.argmax(dim=-1) == labels).to(logits.dtype),
             "log_likelihood": -_losses(logits, labels),
         }
-        return {
-            name: masked_mean(values, tasks.target_mask, empty=float("nan"))
-            for name, values in of_queries.items()
-        }
+        return task_scores(of_queries, tasks.target_mask)
 
     def predict(
         self,

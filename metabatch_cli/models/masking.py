@@ -37,6 +37,16 @@ def masked_mean(values: Tensor, mask: Tensor | None, dim: int = 1, empty: float 
     return mean.masked_fill(count == 0, empty)
 
 
+def task_scores(of_points: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+    """Scores of tasks `[tasks]` from those of their targets `[tasks, targets]`, by name.
+
+    NaN for a task without a real target: it does not count.
+    """
+    return {
+        name: masked_mean(values, mask, empty=float("nan")) for name, values in of_points.items()
+    }
+
+
 def mean_over_tasks(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean `[]` of `[tasks]` over the tasks that have a real target; 0 if none has."""
     if mask is None:

@@ -60,6 +60,18 @@ class Reporter:
             log.info("%-12s %s", name, text)
         self.console.print(table)
 
+    def _progress(self, title: str, **more: bool) -> Progress:
+        return Progress(
+            TextColumn(f"[bold]{title}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            **more,  # type: ignore[arg-type]
+        )
+
     @contextmanager
     def training(self, start: int, total: int) -> Iterator[None]:
         """While a training of `total` steps goes on from `start`."""
@@ -68,15 +80,7 @@ class Reporter:
         if not self.console.is_terminal:
             yield
             return
-        self._bar = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self._bar = self._progress("train")
         self._task = self._bar.add_task("train", total=total, completed=start, status="")
         with self._bar:
             try:
@@ -88,17 +92,7 @@ class Reporter:
     def counting(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
         """While `total` things are done; what it gives is told what is done next, each time."""
         done, last_line = -1, time.monotonic()
-        bar = Progress(
-            TextColumn(f"[bold]{title}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        bar = self._progress(title, transient=True, disable=not self.console.is_terminal)
         task = bar.add_task(title, total=total, status="")
 
         def advance(status: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import random
 from collections.abc import Iterable
 from itertools import islice
@@ -130,6 +131,11 @@ class FailsAlone(Draws):
         if index == 6:
             raise ArithmeticError("no such draw")
         return super().__gettask__(index, n_context, n_target)
+
+
+def quietly(worker: int) -> None:
+    """`worker_init_fn` of a worker that is to crash: pytest's handler would print its stack."""
+    faulthandler.disable()
 
 
 def global_draws() -> list[float]:

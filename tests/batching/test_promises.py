@@ -25,7 +25,16 @@ from hypothesis import strategies as st
 from metabatch_cli.batching import StateMismatch, TaskLoader, digest
 from metabatch_cli.batching.task import concatenate
 from metabatch_cli.batching.transport import WorkerDied
-from tests.batching.examples import KINDS, Draws, Waves, digests, first, global_draws, global_states
+from tests.batching.examples import (
+    KINDS,
+    Draws,
+    Waves,
+    digests,
+    first,
+    global_draws,
+    global_states,
+    quietly,
+)
 
 both = pytest.mark.parametrize("kind", KINDS)
 UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking would start many processes
@@ -233,7 +242,7 @@ def test_4_dead_workers_are_replaced_and_their_batches_made_again(kind, kills, *
     expected = first(TaskLoader(kind(None), batch_size=4), 60)
     before = set(multiprocessing.active_children())
     found = []
-    with TaskLoader(kind(None), batch_size=4, **free) as tested:
+    with TaskLoader(kind(None), batch_size=4, worker_init_fn=quietly, **free) as tested:
         for step, batch in enumerate(islice(tested, 60)):
             found.append(digest(batch))
             for _, how in [kill for kill in kills if kill[0] == step]:

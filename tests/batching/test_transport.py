@@ -28,7 +28,7 @@ from metabatch_cli.batching import worker as worker_module
 from metabatch_cli.batching.shared import receive_descriptor
 from metabatch_cli.batching.transport import Transport, WorkerDied
 from tasksets.functions import Functions, Sine
-from tests.batching.examples import Draws, Waves, digests, first
+from tests.batching.examples import Draws, Waves, digests, first, quietly
 from tests.batching.faults import (
     Dies,
     Grows,
@@ -88,6 +88,7 @@ def test_workers_killed_at_any_moment_change_no_batch(method, persistent):
         workers=2,
         multiprocessing_context=method,
         persistent_workers=persistent,
+        worker_init_fn=quietly,
     ) as tested:
         for step, batch in enumerate(tested):
             found.append(digest(batch))
@@ -107,8 +108,13 @@ def test_workers_killed_at_any_moment_change_no_batch(method, persistent):
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGKILL, signal.SIGSEGV]])
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_all_workers_killed_at_once_are_all_replaced(signals, steps):
-    tested = TaskLoader(Waves(None), batch_size=4, workers=len(signals) + 1, prefetch_factor=3)
-    with tested:
+    with TaskLoader(
+        Waves(None),
+        batch_size=4,
+        workers=len(signals) + 1,
+        prefetch_factor=3,
+        worker_init_fn=quietly,
+    ) as tested:
         batches = tested.stream()
         found = digests(islice(batches, steps))
         early = pids(tested)
