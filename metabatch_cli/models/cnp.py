@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
-from torch.nn import functional as F
+from torch.distributions import Distribution
 
-from metabatch_cli.models.masking import masked_mean
-from metabatch_cli.models.mlp import Activation, layers
+from metabatch_cli.models.encoders import Decoder, PoolingEncoder
+from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
+from metabatch_cli.models.mlp import Activation
 
 
 class CNP(nn.Module):
@@ -23,12 +22,16 @@ class CNP(nn.Module):
     Args:
         dim_x: numbers in an x.
         dim_y: numbers in a y.
-        width: units of each layer, and of the code.
-        encoder_depth: linear layers of the encoder.
+        width: units of each layer, and of a code.
+        encoder_depth: linear layers over each context point.
+        post_depth: linear layers over their mean.
+        encoders: of which each gives a code of its own (the TNP paper's CNP has two).
         decoder_depth: linear layers of the decoder.
         activation: between the layers.
-        min_sigma: the smallest σ: `σ = min_sigma + (1 − min_sigma) · softplus(·)`, where the
-            paper's code has 0.1. It caps the log-likelihood at `−log(min_sigma · √(2π))`.
+        min_sigma: the smallest σ, 0 for none; the paper's code has 0.1. It caps the
+            log-likelihood at `−log(min_sigma · √(2π))`.
+        sigma: how σ is made: `scaled`, `min_sigma + (1 − min_sigma) · softplus(·)`; `additive`,
+            `min_sigma + softplus(·)`; `exp`, `min_sigma + exp(·)`.
     """
 
     def __init__(
@@ -37,16 +40,21 @@ class CNP(nn.Module):
         dim_y: Annotated[int, Ge(1)],
         width: Annotated[int, Ge(1)] = 128,
         encoder_depth: Annotated[int, Ge(1)] = 4,
+        post_depth: Annotated[int, Ge(0)] = 0,
+        encoders: Annotated[int, Ge(1)] = 1,
         decoder_depth: Annotated[int, Ge(1)] = 4,
         activation: Activation = "relu",
-        min_sigma: Annotated[float, Gt(0), Le(1)] = 0.1,
+        min_sigma: MinSigma = 0.1,
+        sigma: Sigma = "scaled",
     ) -> None:
         super().__init__()
-        self.width = width
-        self.min_sigma = min_sigma
-        self.encoder = layers([dim_x + dim_y, *[width] * encoder_depth], activation)
-        self.decoder = layers(
-            [width + dim_x, *[width] * (decoder_depth - 1), 2 * dim_y], activation
+        self.min_sigma, self.sigma = min_sigma, sigma
+        self.encoders = nn.ModuleList(
+            PoolingEncoder(dim_x + dim_y, width, encoder_depth, post_depth, activation)
+            for _ in range(encoders)
+        )
+        self.decoder = Decoder(
+            [width] * encoders, dim_x, width, decoder_depth, 2 * dim_y, activation
         )
 
     def forward(
@@ -68,16 +76,17 @@ class CNP(nn.Module):
         Returns:
             Normal, batch `[tasks, n_target]`, event `[dim_y]`.
         """
-        n_tasks, n_target, _ = target_x.shape
-        if context_x.shape[1]:
-            codes = self.encoder(torch.cat([context_x, context_y], dim=-1))
-            code = masked_mean(codes, context_mask)
-        else:
-            code = target_x.new_zeros(n_tasks, self.width)
-        code = code[:, None, :].expand(n_tasks, n_target, self.width)
-        raw = self.decoder(torch.cat([code.to(target_x.dtype), target_x], dim=-1))
+        codes = self.encode(context_x, context_y, target_x, context_mask)
+        return self.decode(codes, target_x)
+
+    def encode(
+        self, context_x: Tensor, context_y: Tensor, target_x: Tensor, mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the context says: codes `[tasks, n_target or 1, width]`."""
+        return [encoder(context_x, context_y, mask)[:, None] for encoder in self.encoders]
+
+    def decode(self, codes: list[Tensor], target_x: Tensor, more: Tensor | None = None) -> Distribution:
+        """The distribution of y at the targets that codes, and whatever is added, stand for."""
+        raw = self.decoder(codes, target_x, more)
         # the likelihood is no place for bfloat16
-        mean, raw_sigma = raw.to(target_x.dtype).chunk(2, dim=-1)
-        sigma = self.min_sigma + (1 - self.min_sigma) * F.softplus(raw_sigma)
-        # unchecked: a mean that is no number shall reach the loss, where the loop explains it
-        return Independent(Normal(mean, sigma, validate_args=False), 1, validate_args=False)
+        return normal(raw.to(target_x.dtype), self.min_sigma, self.sigma)

@@ -1,0 +1,79 @@
+"""Attention to a context: the context's points are keys and values, and nobody else is."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, §3.2).
+
+    Whoever may see no key at all gets 0, neither NaN nor a mean over what is not there.
+
+    Args:
+        query: `[tasks, n_query, width]`.
+        key, value: `[tasks, n_key, width]`; `n_key` may be 0.
+        heads: the parts that the width is cut into.
+        mask: bool `[tasks, n_key]`, True where a key is real, or `[tasks, n_query, n_key]` (tasks
+            may be 1), True where the query sees the key; None if everybody sees everything.
+        scale: of the logits; None for `1/√(width of a head)`.
+
+    Returns:
+        `[tasks, n_query, width]`.
+    """
+    if not key.shape[1]:
+        return query.new_zeros(query.shape)
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, :]
+    seen = None if mask is None else mask.any(dim=-1, keepdim=True)
+    if mask is not None and seen is not None:
+        mask = (mask | ~seen)[:, None]  # a row without any key has no softmax
+    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+    attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
+    attended = attended.transpose(1, 2).flatten(2)
+    return attended if seen is None else attended.masked_fill(~seen, 0)
+
+
+class AttentionBlock(nn.Module):
+    """The attention of attentive neural processes as the TNP paper's code has it.
+
+    `h = LN(Wq·query + attention)`, then `LN(h + relu(Wo·h + b))`; logits are divided by `√width`,
+    not by the root of a head's width (Nguyen & Grover 2022, arXiv:2207.04179, published code).
+
+    Args:
+        width: of all inputs and of the output.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} do not divide width={width}")
+        self.heads = heads
+        self.scale = 1 / math.sqrt(width)
+        self.of_query = nn.Linear(width, width, bias=False)
+        self.of_key = nn.Linear(width, width, bias=False)
+        self.of_value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`query [tasks, n_query, width]`, `key`, `value [tasks, n_key, width]` → as `query`."""
+        query = self.of_query(query)
+        key, value = self.of_key(key), self.of_value(value)
+        attended = attend(query, key, value, self.heads, mask, self.scale)
+        hidden = self.norm1(query + attended)
+        return self.norm2(hidden + F.relu(self.out(hidden)))

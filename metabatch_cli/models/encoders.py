@@ -1,0 +1,159 @@
+"""Encoders of a context: a code of the task as a whole, or one for every target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metabatch_cli.models.attention import AttentionBlock
+from metabatch_cli.models.masking import masked_mean
+from metabatch_cli.models.mlp import ACTIVATIONS, Activation, layers
+
+
+class PoolingEncoder(nn.Module):
+    """The mean over encoded points, encoded further: a code of the whole task.
+
+    Deep sets (Zaheer et al. 2017, arXiv:1703.06114) as neural processes have them. The mean over
+    no points is 0, from which the code of an empty context follows.
+
+    Args:
+        dim_in: numbers of a point, those of x and of y.
+        width: units of each layer, and of the code.
+        depth: linear layers over each point.
+        post_depth: linear layers over the mean.
+        activation: between the layers.
+        heads: of self-attention between the points, in place of two of the `depth` layers; None
+            for no attention.
+        dim_out: numbers of the code; None for `width`.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        width: int,
+        depth: int,
+        post_depth: int = 0,
+        activation: Activation = "relu",
+        heads: int | None = None,
+        dim_out: int | None = None,
+    ) -> None:
+        super().__init__()
+        if heads is not None and depth < 3:
+            raise ValueError(f"encoder_depth={depth}: self-attention takes the place of two layers")
+        own = depth if heads is None else depth - 2
+        self.points = layers([dim_in, *[width] * own], activation)
+        self.attention = None if heads is None else AttentionBlock(width, heads)
+        self.activation = ACTIVATIONS[activation]()
+        if not post_depth and dim_out not in (None, width):
+            raise ValueError("post_depth=0: a code of another size needs a layer after the mean")
+        self.post = layers([width] * post_depth + [dim_out or width], activation)
+
+    def forward(
+        self, context_x: Tensor, context_y: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`context_x [tasks, points, dim_x]`, `context_y` → `[tasks, dim_out]`."""
+        points = torch.cat([context_x, context_y], dim=-1)
+        if self.attention is not None:
+            hidden = self.activation(self.points(points))
+            hidden = self.attention(hidden, hidden, hidden, mask)
+            return self.post(_mean(hidden, mask))
+        # the mean of a linear map is the map of the mean, once instead of for every point
+        hidden = self.points[:-1](points)
+        return self.post(self.points[-1](_mean(hidden, mask)))
+
+
+class CrossAttentionEncoder(nn.Module):
+    """A code for every target: it attends to the context by its x.
+
+    Attentive neural processes (Kim et al. 2019, arXiv:1901.05761, §3), with self-attention
+    between the context's points.
+
+    Args:
+        dim_x, dim_y: numbers in an x and a y.
+        width: units of each layer, and of the codes.
+        value_depth: layers over each context point, the last two of them being self-attention.
+        query_depth: linear layers over an x, which make keys of the context and queries of the
+            targets.
+        activation: between the layers.
+        heads: of the attentions.
+    """
+
+    def __init__(
+        self,
+        dim_x: int,
+        dim_y: int,
+        width: int,
+        value_depth: int = 4,
+        query_depth: int = 2,
+        activation: Activation = "relu",
+        heads: int = 8,
+    ) -> None:
+        super().__init__()
+        if value_depth < 3:
+            raise ValueError(f"value_depth={value_depth}: self-attention takes two of its layers")
+        self.of_x = layers([dim_x, *[width] * query_depth], activation)
+        self.of_points = layers([dim_x + dim_y, *[width] * (value_depth - 2)], activation)
+        self.self_attention = AttentionBlock(width, heads)
+        self.cross_attention = AttentionBlock(width, heads)
+
+    def forward(
+        self, context_x: Tensor, context_y: Tensor, target_x: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Context `[tasks, n_context, …]`, `target_x [tasks, n_target, dim_x]` →
+        `[tasks, n_target, width]`."""
+        values = self.of_points(torch.cat([context_x, context_y], dim=-1))
+        values = self.self_attention(values, values, values, mask)
+        return self.cross_attention(self.of_x(target_x), self.of_x(context_x), values, mask)
+
+
+class Decoder(nn.Module):
+    """From codes and an x to numbers: linear layers over `[codes, x]`.
+
+    The first layer is applied to each input before they are put side by side: what is the same
+    for all targets, or for all samples, is multiplied once.
+
+    Args:
+        dim_codes: numbers of each code.
+        dim_x: numbers of an x.
+        width: units of each layer.
+        depth: linear layers.
+        dim_out: numbers that come out.
+        activation: between the layers.
+    """
+
+    def __init__(
+        self,
+        dim_codes: list[int],
+        dim_x: int,
+        width: int,
+        depth: int,
+        dim_out: int,
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__()
+        self.sizes = [*dim_codes, dim_x]
+        self.layers = layers([sum(self.sizes), *[width] * (depth - 1), dim_out], activation)
+
+    def forward(self, codes: list[Tensor], x: Tensor, more: Tensor | None = None) -> Tensor:
+        """Codes `[…, tasks, points or 1, dim]` and `x [tasks, points, dim_x]` →
+        `[…, tasks, points, dim_out]`.
+
+        Args:
+            more: added to what the first layer says, `[…, tasks, points or 1, width]`.
+        """
+        first = self.layers[0]
+        *of_codes, of_x = first.weight.split(self.sizes, dim=1)  # type: ignore[operator]
+        hidden = F.linear(x, of_x, first.bias)  # type: ignore[arg-type]
+        for code, weight in zip(codes, of_codes, strict=True):
+            hidden = hidden + F.linear(code, weight)
+        if more is not None:
+            hidden = hidden + more
+        return self.layers[1:](hidden)
+
+
+def _mean(points: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the points, 0 over none."""
+    if not points.shape[1]:
+        return points.new_zeros(points.shape[0], points.shape[2])
+    return masked_mean(points, mask)

@@ -1,0 +1,47 @@
+"""From a network's raw numbers to a normal distribution: what bounds σ from below."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+from torch import Tensor
+from torch.distributions import Independent, Normal
+from torch.nn import functional as F
+
+Sigma = Literal["scaled", "additive", "exp"]
+"""How a raw number becomes σ, with m = `min_sigma`: `m + (1 − m)·softplus`, `m + softplus`, or
+`m + exp`."""
+
+MinSigma = Annotated[float, Ge(0), Le(1)]
+"""The smallest σ; 0 for none. It caps the log-likelihood at `−log(min_sigma·√(2π))`."""
+
+
+def normal(raw: Tensor, min_sigma: float, sigma: Sigma = "scaled") -> Independent:
+    """The distribution of y that raw numbers `[…, 2·dim_y]` stand for: means, then deviations.
+
+    Args:
+        raw: of the network.
+        min_sigma: m, the smallest σ.
+        sigma: `scaled`, `m + (1 − m)·softplus`, is what the code of Garnelo et al. 2018 and of
+            Nguyen & Grover 2022 has, with m = 0.1; `exp` without a floor what the latter's
+            transformers have.
+
+    Returns:
+        Normal, batch `[…]`, event `[dim_y]`.
+    """
+    mean, deviation = raw.chunk(2, dim=-1)
+    return Independent(
+        # unchecked: a mean that is no number shall reach the loss, where the loop explains it
+        Normal(mean, positive(deviation, min_sigma, sigma), validate_args=False),
+        1,
+        validate_args=False,
+    )
+
+
+def positive(raw: Tensor, least: float, form: Sigma) -> Tensor:
+    """A positive number of at least `least` from any number."""
+    if form == "exp":
+        return least + raw.exp()
+    scale = 1 - least if form == "scaled" else 1.0
+    return least + scale * F.softplus(raw)
