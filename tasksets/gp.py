@@ -20,6 +20,8 @@ JITTER = 1e-10
 """Of the variance, added to it: without noise, rounding would make near points' covariances
 indefinite. In float64 this is far more than rounding, and far less than any noise of interest."""
 
+_REMEMBERED = 20_000  # functions of a finite set, 2 KB each
+
 
 class GaussianProcess(TaskSet):
     """Tasks of noisy points on functions of a Gaussian process: each task draws hyper-parameters,
@@ -27,6 +29,9 @@ class GaussianProcess(TaskSet):
 
     The values at all points of a task are drawn together, exactly: `y = L ε` with the Cholesky
     factor L of the covariance of the noisy values (Rasmussen & Williams 2006, §A.2), in float64.
+    A function of a finite set is drawn once and for all at the points of a pool, uniform
+    themselves, from which every task draws its contexts and targets anew: so that it is the same
+    function each time, and exact at any sizes.
     `aux["parameters"]`, `[tasks, k]`, holds each task's hyper-parameters, in the order of
     `dataset.names`.
 
@@ -41,8 +46,10 @@ class GaussianProcess(TaskSet):
         noise: standard deviation of the normal noise on y, in y's units.
         vary: whether each `task` has hyper-parameters of its own, or all tasks of a `batch` (made
             in shards: of a shard) share them.
-        n_tasks: processes in the set: an index names hyper-parameters, and its function is drawn
-            with its points; None for fresh ones with every task.
+        n_tasks: functions in the set, the same ones every epoch; None for a fresh function with
+            every task.
+        pool: points at which each function of a finite set is known; a task's points are drawn
+            from them without repetition. For a fresh function it does not count.
 
     Raises:
         ValueError: a range, a noise or a number that cannot be.
@@ -67,6 +74,7 @@ class GaussianProcess(TaskSet):
         noise: Annotated[float, Ge(0)] = 0.02,
         vary: Literal["task", "batch"] = "task",
         n_tasks: Annotated[int, Ge(1)] | None = None,
+        pool: Annotated[int, Ge(1)] = 256,
         sizes: str | Mapping[str, Any] | SizeLaw = "metabatch",
         split: Split | None = None,
     ) -> None:
@@ -95,14 +103,19 @@ class GaussianProcess(TaskSet):
             raise ValueError(f"vary={vary!r} must be 'task' or 'batch'")
         if vary == "batch" and n_tasks is not None:
             raise ValueError(
-                f"vary='batch' with n_tasks={n_tasks}: an index names hyper-parameters of its own"
+                f"vary='batch' with n_tasks={n_tasks}: an index of a finite set names a function, "
+                "which has hyper-parameters of its own"
             )
+        if pool < 1:
+            raise ValueError(f"pool={pool} must be at least 1")
         if n_tasks is not None and n_tasks < 1:
             raise ValueError(f"n_tasks={n_tasks} must be at least 1, or null for no end")
         self.dim_x = dim_x
         self.noise = noise
         self.vary = vary
         self.n_tasks = n_tasks
+        self.pool = pool
+        self._known: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         if self.n_tasks is None:
@@ -112,24 +125,8 @@ class GaussianProcess(TaskSet):
     def __gettasks__(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
     ) -> Task:
-        count, names = len(indices), self.dataset.names
-        anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
-        if self.n_tasks is not None:
-            uniform = uniforms(indices, len(names), self.split, "gp")
-        elif self.vary == "task":
-            uniform = torch.rand(count, len(names), **anywhere)
-        else:
-            uniform = torch.rand(1, len(names), **anywhere).expand(count, -1)
-        parameters = self.dataset.parameters(uniform)
-        x = torch.rand(count, n_context + n_target, self.dim_x, **anywhere)
-        for part, (low, high) in (
-            (x[:, :n_context], self.x_range),
-            (x[:, n_context:], self.target_x_range),
-        ):
-            part.mul_(high - low).add_(low)
-        factor = self._factor(x.double(), parameters.double())
-        normal = torch.randn(count, x.shape[1], 1, dtype=torch.float64, **anywhere)
-        y = (factor @ normal).float()
+        draw = self._fresh if self.n_tasks is None else self._from_pools
+        x, y, parameters = draw(indices, n_context, n_target, generator)
         return Task(
             x[:, :n_context].contiguous(),
             y[:, :n_context].contiguous(),
@@ -137,6 +134,76 @@ class GaussianProcess(TaskSet):
             y[:, n_context:].contiguous(),
             {"parameters": parameters},
         )
+
+    def _fresh(
+        self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Points `[tasks, points, dim_x]`, values and hyper-parameters of new functions."""
+        count, hyper = len(indices), len(self.dataset.names)
+        anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
+        if self.vary == "task":
+            uniform = torch.rand(count, hyper, **anywhere)
+        else:
+            uniform = torch.rand(1, hyper, **anywhere).expand(count, -1)
+        parameters = self.dataset.parameters(uniform)
+        x = torch.rand(count, n_context + n_target, self.dim_x, **anywhere)
+        self._place(x[:, :n_context], x[:, n_context:])
+        normal = torch.randn(count, 1, x.shape[1], dtype=torch.float64, **anywhere)
+        factor = self._factor(x.double(), parameters.double())
+        return x, _times(factor, normal), parameters
+
+    def _from_pools(
+        self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of functions that have an index, at some of the points where they are known."""
+        anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
+        apart = self.target_x_range != self.x_range
+        for wanted in (n_context, n_target) if apart else (n_context + n_target,):
+            if wanted > self.pool:
+                raise ValueError(f"pool={self.pool} is too small for a task of {wanted} points")
+        known = torch.stack([self._function(index) for index in indices.tolist()])
+        known = known.to(generator.device)
+        order = torch.rand(known.shape[:2], **anywhere)
+        if apart:
+            context, target = order.split(self.pool, dim=1)
+            first = context.argsort(1)[:, :n_context]
+            chosen = torch.cat([first, target.argsort(1)[:, :n_target] + self.pool], dim=1)
+        else:
+            chosen = order.argsort(1)[:, : n_context + n_target]
+        points = known.gather(1, chosen[..., None].expand(-1, -1, known.shape[2]))
+        x, y = points[..., :-1], points[..., -1:]
+        y = y + self.noise * torch.randn(y.shape, **anywhere)
+        uniform = uniforms(indices, len(self.dataset.names), self.split, "gp")
+        return x, y, self.dataset.parameters(uniform.to(generator.device))
+
+    def _function(self, index: int) -> Tensor:
+        """A function without noise at the points of its pool: `[points, dim_x + 1]`, y behind x.
+
+        It is made by itself: whatever is made beside it, it has the same bits.
+        """
+        if index not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            at, apart = torch.tensor([index]), self.target_x_range != self.x_range
+            count = self.pool * (1 + apart)
+            uniform = uniforms(at, len(self.dataset.names), self.split, "gp")
+            x = uniforms(at, count * self.dim_x, self.split, "gp", "x").float()
+            x = x.view(1, count, self.dim_x)
+            self._place(x[:, : self.pool], x[:, self.pool :])
+            normal = torch.special.ndtri(uniforms(at, count, self.split, "gp", "y") + 2**-54)
+            parameters = self.dataset.parameters(uniform).double()
+            factor = self._factor(x.double(), parameters, noise=0.0)
+            y = _times(factor, normal[:, None])
+            self._known[index] = torch.cat([x, y], dim=2)[0]
+        return self._known[index]
+
+    def _place(self, context: Tensor, target: Tensor) -> None:
+        """Turn numbers of [0, 1) into points of their ranges, in place."""
+        for part, (low, high) in ((context, self.x_range), (target, self.target_x_range)):
+            part.mul_(high - low).add_(low)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": {}}  # quicker made than sent
 
     @property
     def spec(self) -> TaskSpec:
@@ -196,11 +263,26 @@ class GaussianProcess(TaskSet):
         variance = (variance - told.square().sum(1)).clamp_(min=0) + self.noise**2 * noisy
         return (told.mT @ white).to(x.dtype), variance.sqrt()[..., None].to(x.dtype)
 
-    def _factor(self, x: Tensor, parameters: Tensor) -> Tensor:
+    def _factor(self, x: Tensor, parameters: Tensor, noise: float | None = None) -> Tensor:
         """The Cholesky factor of the covariance of noisy values, `[tasks, points, points]`."""
+        noise = self.noise if noise is None else noise
         covariance = self.dataset(x, x, parameters)
-        covariance.diagonal(dim1=1, dim2=2).mul_(1 + JITTER).add_(self.noise**2)
-        return torch.linalg.cholesky(covariance)
+        covariance.diagonal(dim1=1, dim2=2).mul_(1 + JITTER).add_(noise**2)
+        try:
+            return torch.linalg.cholesky(covariance)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"dataset={type(self.dataset).__name__}: its covariances of {x.shape[1]} points "
+                f"(with noise={noise}) are not positive definite"
+            ) from error
+
+
+def _times(factor: Tensor, normal: Tensor) -> Tensor:
+    """Values float32 `[tasks, points, 1]` from a factor, used up, and normal `[tasks, 1, points]`.
+
+    A sum of rows is twice as fast as a product of matrices as small as these.
+    """
+    return factor.mul_(normal).sum(-1, keepdim=True).float()
 
 
 def _log_normal(white: Tensor, sigma: Tensor) -> Tensor:
