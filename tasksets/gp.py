@@ -1,0 +1,296 @@
+"""Regression on functions drawn from a Gaussian process, with the best possible scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from metabatch_cli.batching.sizes import SizeLaw
+from metabatch_cli.batching.streams import uniforms
+from metabatch_cli.batching.task import Task
+from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from tasksets.kernels import Kernel
+
+JITTER = 1e-10
+"""Of the variance, added to it: without noise, rounding would make near points' covariances
+indefinite. In float64 this is far more than rounding, and far less than any noise of interest."""
+
+_REMEMBERED = 20_000  # functions of a finite set, 2 KB each
+
+
+class GaussianProcess(TaskSet):
+    """Tasks of noisy points on functions of a Gaussian process: each task draws hyper-parameters,
+    points, and the function's values there.
+
+    The values at all points of a task are drawn together, exactly: `y = L ε` with the Cholesky
+    factor L of the covariance of the noisy values (Rasmussen & Williams 2006, §A.2), in float64.
+    A function of a finite set is drawn once and for all at the points of a pool, uniform
+    themselves, from which every task draws its contexts and targets anew: so that it is the same
+    function each time, and exact at any sizes.
+    `aux["parameters"]`, `[tasks, k]`, holds each task's hyper-parameters, in the order of
+    `dataset.names`.
+
+    Args:
+        dataset: the kernel, with the ranges of its hyper-parameters.
+        min_pts, max_ctx_pts, max_tgt_pts, total_tgt_pts, eval, predict_full_target,
+            predict_full_target_during_eval, sizes, split: as in `TaskSet`.
+        x_range: where points lie, uniformly in every dimension.
+        target_x_range: where target points lie, if elsewhere: beyond the contexts, to judge
+            extrapolation.
+        dim_x: dimensions of x.
+        noise: standard deviation of the normal noise on y, in y's units.
+        vary: whether each `task` has hyper-parameters of its own, or all tasks of a `batch` (made
+            in shards: of a shard) share them.
+        n_tasks: functions in the set, the same ones every epoch; None for a fresh function with
+            every task.
+        pool: points at which each function of a finite set is known; a task's points are drawn
+            from them without repetition. For a fresh function it does not count.
+
+    Raises:
+        ValueError: a range, a noise or a number that cannot be.
+    """
+
+    creates_anywhere = True
+
+    def __init__(
+        self,
+        dataset: Kernel,
+        min_pts: int | None = None,
+        max_ctx_pts: int | None = None,
+        max_tgt_pts: int | None = None,
+        total_tgt_pts: int | None = None,
+        eval: bool = False,
+        predict_full_target: bool = False,
+        predict_full_target_during_eval: bool = False,
+        *,
+        x_range: tuple[float, float] = (-2.0, 2.0),
+        target_x_range: tuple[float, float] | None = None,
+        dim_x: Annotated[int, Ge(1)] = 1,
+        noise: Annotated[float, Ge(0)] = 0.02,
+        vary: Literal["task", "batch"] = "task",
+        n_tasks: Annotated[int, Ge(1)] | None = None,
+        pool: Annotated[int, Ge(1)] = 256,
+        sizes: str | Mapping[str, Any] | SizeLaw = "metabatch",
+        split: Split | None = None,
+    ) -> None:
+        super().__init__(
+            min_pts,
+            max_ctx_pts,
+            max_tgt_pts,
+            total_tgt_pts,
+            eval,
+            predict_full_target,
+            predict_full_target_during_eval,
+            sizes=sizes,
+            split=split,
+        )
+        self.dataset = dataset
+        self.x_range = _as_interval("x_range", x_range)
+        if target_x_range is None:
+            self.target_x_range = self.x_range
+        else:
+            self.target_x_range = _as_interval("target_x_range", target_x_range)
+        if dim_x < 1:
+            raise ValueError(f"dim_x={dim_x} must be at least 1")
+        if not noise >= 0:
+            raise ValueError(f"noise={noise} is a standard deviation: at least 0")
+        if vary not in ("task", "batch"):
+            raise ValueError(f"vary={vary!r} must be 'task' or 'batch'")
+        if vary == "batch" and n_tasks is not None:
+            raise ValueError(
+                f"vary='batch' with n_tasks={n_tasks}: an index of a finite set names a function, "
+                "which has hyper-parameters of its own"
+            )
+        if pool < 1:
+            raise ValueError(f"pool={pool} must be at least 1")
+        if n_tasks is not None and n_tasks < 1:
+            raise ValueError(f"n_tasks={n_tasks} must be at least 1, or null for no end")
+        self.dim_x = dim_x
+        self.noise = noise
+        self.vary = vary
+        self.n_tasks = n_tasks
+        self.pool = pool
+        self._known: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        if self.n_tasks is None:
+            raise TypeError("an infinite task set has no length: every index is a fresh function")
+        return self.n_tasks
+
+    def __gettasks__(
+        self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
+    ) -> Task:
+        draw = self._fresh if self.n_tasks is None else self._from_pools
+        x, y, parameters = draw(indices, n_context, n_target, generator)
+        return Task(
+            x[:, :n_context].contiguous(),
+            y[:, :n_context].contiguous(),
+            x[:, n_context:].contiguous(),
+            y[:, n_context:].contiguous(),
+            {"parameters": parameters},
+        )
+
+    def _fresh(
+        self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Points `[tasks, points, dim_x]`, values and hyper-parameters of new functions."""
+        count, hyper = len(indices), len(self.dataset.names)
+        anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
+        if self.vary == "task":
+            uniform = torch.rand(count, hyper, **anywhere)
+        else:
+            uniform = torch.rand(1, hyper, **anywhere).expand(count, -1)
+        parameters = self.dataset.parameters(uniform)
+        x = torch.rand(count, n_context + n_target, self.dim_x, **anywhere)
+        self._place(x[:, :n_context], x[:, n_context:])
+        normal = torch.randn(count, 1, x.shape[1], dtype=torch.float64, **anywhere)
+        factor = self._factor(x.double(), parameters.double())
+        return x, _times(factor, normal), parameters
+
+    def _from_pools(
+        self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of functions that have an index, at some of the points where they are known."""
+        anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
+        apart = self.target_x_range != self.x_range
+        for wanted in (n_context, n_target) if apart else (n_context + n_target,):
+            if wanted > self.pool:
+                raise ValueError(f"pool={self.pool} is too small for a task of {wanted} points")
+        known = torch.stack([self._function(index) for index in indices.tolist()])
+        known = known.to(generator.device)
+        order = torch.rand(known.shape[:2], **anywhere)
+        if apart:
+            context, target = order.split(self.pool, dim=1)
+            first = context.argsort(1)[:, :n_context]
+            chosen = torch.cat([first, target.argsort(1)[:, :n_target] + self.pool], dim=1)
+        else:
+            chosen = order.argsort(1)[:, : n_context + n_target]
+        points = known.gather(1, chosen[..., None].expand(-1, -1, known.shape[2]))
+        x, y = points[..., :-1], points[..., -1:]
+        y = y + self.noise * torch.randn(y.shape, **anywhere)
+        uniform = uniforms(indices, len(self.dataset.names), self.split, "gp")
+        return x, y, self.dataset.parameters(uniform.to(generator.device))
+
+    def _function(self, index: int) -> Tensor:
+        """A function without noise at the points of its pool: `[points, dim_x + 1]`, y behind x.
+
+        It is made by itself: whatever is made beside it, it has the same bits.
+        """
+        if index not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            at, apart = torch.tensor([index]), self.target_x_range != self.x_range
+            count = self.pool * (1 + apart)
+            uniform = uniforms(at, len(self.dataset.names), self.split, "gp")
+            x = uniforms(at, count * self.dim_x, self.split, "gp", "x").float()
+            x = x.view(1, count, self.dim_x)
+            self._place(x[:, : self.pool], x[:, self.pool :])
+            normal = torch.special.ndtri(uniforms(at, count, self.split, "gp", "y") + 2**-54)
+            parameters = self.dataset.parameters(uniform).double()
+            factor = self._factor(x.double(), parameters, noise=0.0)
+            y = _times(factor, normal[:, None])
+            self._known[index] = torch.cat([x, y], dim=2)[0]
+        return self._known[index]
+
+    def _place(self, context: Tensor, target: Tensor) -> None:
+        """Turn numbers of [0, 1) into points of their ranges, in place."""
+        for part, (low, high) in ((context, self.x_range), (target, self.target_x_range)):
+            part.mul_(high - low).add_(low)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": {}}  # quicker made than sent
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec(x_shape=(self.dim_x,), y_shape=(1,))
+
+    def oracle(self, tasks: Task) -> dict[str, Tensor]:
+        """The scores of the exact posterior, under each task's true hyper-parameters.
+
+        Args:
+            tasks: `[tasks, points, …]` with `aux["parameters"]`, of any type and device.
+
+        Returns:
+            float64 `[tasks]` each. `log_likelihood`: the mean over target points of the log
+            density of each by itself; `log_likelihood@scoring=joint`: the log density of all of
+            them together, divided by their number; both with the noise, in nats for each point.
+            `mse`: of the posterior mean.
+        """
+        n_context = tasks.context_x.shape[1]
+        x = torch.cat([tasks.context_x, tasks.target_x], dim=1).double()
+        y = torch.cat([tasks.context_y, tasks.target_y], dim=1).double()
+        factor = self._factor(x, tasks.aux["parameters"].to(x))
+        # rows of the factor: what context, then targets before, tell of a target, and what is new
+        white = torch.linalg.solve_triangular(factor, y, upper=False)[:, n_context:, 0]
+        fresh = factor.diagonal(dim1=1, dim2=2)[:, n_context:]
+        joint = _log_normal(white, fresh)
+        told = factor[:, n_context:, :n_context]
+        mean = told @ torch.linalg.solve_triangular(
+            factor[:, :n_context, :n_context], y[:, :n_context], upper=False
+        )
+        error = tasks.target_y.double()[..., 0] - mean[..., 0]
+        spread = factor[:, n_context:, n_context:].square().sum(-1).sqrt_()
+        return {
+            "log_likelihood": _log_normal(error / spread, spread).mean(-1),
+            "log_likelihood@scoring=joint": joint.mean(-1),
+            "mse": error.square().mean(-1),
+        }
+
+    def posterior(self, tasks: Task, x: Tensor, noisy: bool = True) -> tuple[Tensor, Tensor]:
+        """What the contexts tell of y at x, under each task's true hyper-parameters.
+
+        Args:
+            x: `[tasks, points, dim_x]`.
+            noisy: whether y is what is observed (as a learner predicts it) or the function.
+
+        Returns:
+            Mean and standard deviation, `[tasks, points, 1]`, of x's type.
+        """
+        context_x, at = tasks.context_x.double(), x.double()
+        parameters = tasks.aux["parameters"].to(at)
+        factor = self._factor(context_x, parameters)
+        between = self.dataset(context_x, at, parameters)
+        told = torch.linalg.solve_triangular(factor, between, upper=False)
+        white = torch.linalg.solve_triangular(factor, tasks.context_y.double(), upper=False)
+        points = at.flatten(0, 1)[:, None]
+        each = parameters.repeat_interleave(at.shape[1], dim=0)
+        variance = self.dataset(points, points, each).view(at.shape[:2])
+        variance = (variance - told.square().sum(1)).clamp_(min=0) + self.noise**2 * noisy
+        return (told.mT @ white).to(x.dtype), variance.sqrt()[..., None].to(x.dtype)
+
+    def _factor(self, x: Tensor, parameters: Tensor, noise: float | None = None) -> Tensor:
+        """The Cholesky factor of the covariance of noisy values, `[tasks, points, points]`."""
+        noise = self.noise if noise is None else noise
+        covariance = self.dataset(x, x, parameters)
+        covariance.diagonal(dim1=1, dim2=2).mul_(1 + JITTER).add_(noise**2)
+        try:
+            return torch.linalg.cholesky(covariance)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"dataset={type(self.dataset).__name__}: its covariances of {x.shape[1]} points "
+                f"(with noise={noise}) are not positive definite"
+            ) from error
+
+
+def _times(factor: Tensor, normal: Tensor) -> Tensor:
+    """Values float32 `[tasks, points, 1]` from a factor, used up, and normal `[tasks, 1, points]`.
+
+    A sum of rows is twice as fast as a product of matrices as small as these.
+    """
+    return factor.mul_(normal).sum(-1, keepdim=True).float()
+
+
+def _log_normal(white: Tensor, sigma: Tensor) -> Tensor:
+    return -0.5 * (white.square() + math.log(2 * math.pi)) - sigma.log()
+
+
+def _as_interval(name: str, value: Any) -> tuple[float, float]:
+    bounds = tuple(value)
+    if len(bounds) != 2 or bounds[1] < bounds[0]:
+        raise ValueError(f"{name}={value!r} must be a range [low, high]")
+    return float(bounds[0]), float(bounds[1])
