@@ -1,54 +1,117 @@
-"""The neural-process learner: maximum likelihood of the targets given the context."""
+"""The neural-process learner: how likely are the targets, given the context?"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.learners import objectives
 from metabatch_cli.learners.learner import Learner, Metric
-from metabatch_cli.models.masking import blank, mean_loss, task_scores
+from metabatch_cli.learners.objectives import Judged, Objective
+from metabatch_cli.learners.units import Units
+from metabatch_cli.models.masking import blank, mean_over_tasks, task_scores
+from metabatch_cli.models.predictive import Predictive, joint_log_prob, marginals
+
+JOINT = "log_likelihood@scoring=joint"
 
 
 class NeuralProcess(Learner):
-    """Garnelo et al. 2018 (arXiv:1807.01613), eq. 4, over the targets.
+    """Neural processes of every kind: the network predicts, this says how well.
 
-    The loss is the mean negative log-likelihood of a target point, in nats, summed over the
-    dimensions of y; every task counts alike, however many targets it has.
+    Garnelo et al. 2018 (arXiv:1807.01613, eq. 4) and its successors. Every task counts alike,
+    however many targets it has. All scores are in nats per target, summed over the dimensions of
+    y, of targets only: `log_likelihood` is that of each target by itself (marginal); where the
+    network predicts targets jointly, `log_likelihood@scoring=joint` is that of all together,
+    divided by their number.
 
     Args:
-        model: `(context_x, context_y, target_x) → Distribution`, batch `[tasks, n_target]`. To
-            learn from tasks of unequal sizes it takes a `context_mask`, and, where its targets
-            see each other, a `target_mask`: bool `[tasks, points]`, True where a point is real.
-            Padded tasks bring them, others do not.
+        model: `(context_x, context_y, target_x) → Distribution`, batch `[tasks, n_target]`, or a
+            joint `Predictive`. Where its `forward` names them it is also given `context_mask`
+            and `target_mask`, bool `[tasks, points]`, True where a point is real (padded tasks
+            bring them; a model without `context_mask` learns from tasks of a common size only),
+            and `samples`, how many a latent variable or a bootstrap shall have.
+        objective: what is minimised; `likelihood` of the prediction, or for a model with a latent
+            variable `elbo` or `iwae`, for one that resamples its context `bootstrap` (see
+            learners/objectives.py).
+        scoring: whether targets are judged each by itself or together, in the loss of the
+            objective `likelihood`, and in the score that picks the best weights.
+        loss_on: the points in the loss: the targets, or the context's points too, as in the code
+            of the TNP paper for all but its transformers. Scores are of the targets only.
+        loss_per: `point`, or `task` for the sum over a task's points: large tasks then weigh more.
+        samples: of a latent variable or a bootstrap, in training.
+        eval_samples: the same in evaluation.
+        normalisation: `x_mean, x_std, y_mean, y_std`, a number for each dimension: the network
+            sees normalised numbers, while predictions and scores are in the data's own units.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective = "likelihood",
+        scoring: Literal["marginal", "joint"] = "marginal",
+        loss_on: Literal["target", "context+target"] = "target",
+        loss_per: Literal["point", "task"] = "point",
+        samples: Annotated[int, Ge(1)] = 4,
+        eval_samples: Annotated[int, Ge(1)] = 50,
+        normalisation: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.loss = objectives.choose(objective, scoring, model)
+        self.scoring = scoring
+        self.loss_on = loss_on
+        self.loss_per = loss_per
+        self.samples, self.eval_samples = samples, eval_samples
         parameters = inspect.signature(model.forward).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        names = ("context_mask", "target_mask")
+        names = ("context_mask", "target_mask", "samples")
         self._asked_for = {name for name in names if anything or name in parameters}
+        self.units = Units(normalisation) if normalisation else None
 
     @property
     def metric(self) -> Metric:
-        return Metric("log_likelihood", higher_is_better=True)
+        name = "log_likelihood" if self.scoring == "marginal" else JOINT
+        return Metric(name, higher_is_better=True)
 
     def forward(self, tasks: Tasks) -> Tensor:
-        prediction, target_y = self._judged(tasks)
-        return -mean_loss(prediction.log_prob(target_y), tasks.target_mask)
+        judged = self._judged(tasks)
+        losses = self.loss(self.model, self._ask, judged, self.samples)
+        if self.loss_per == "point":
+            losses = losses / objectives.counts(judged.y, judged.mask)
+        return mean_over_tasks(losses, tasks.target_mask)
 
     def score(self, tasks: Tasks) -> dict[str, Tensor]:
-        """`log_likelihood`: nats per target point; `mse`: of the predictive mean."""
-        prediction, target_y = self._judged(tasks)
-        of_points = {
-            "log_likelihood": prediction.log_prob(target_y),
-            "mse": (prediction.mean - target_y).square().mean(dim=2),
-        }
-        return task_scores(of_points, tasks.target_mask)
+        """`log_likelihood` and its joint form; `mse` and `rmse` of the predictive mean.
+
+        A task's `rmse` is the root of its mean squared error.
+        """
+        prediction, target_y = self.prediction_of(tasks), tasks.target_y
+        mask = tasks.target_mask
+        target_y = blank(target_y, mask)
+        alone = marginals(prediction)
+        scores = task_scores(
+            {
+                "log_likelihood": alone.log_prob(target_y),
+                "mse": (alone.mean - target_y).square().mean(dim=2),
+            },
+            mask,
+        )
+        if isinstance(prediction, Predictive):
+            together = joint_log_prob(prediction, target_y, mask)
+            scores[JOINT] = together / objectives.counts(target_y, mask, empty=float("nan"))
+        elif self.scoring == "joint":
+            scores[JOINT] = scores["log_likelihood"]
+        return scores | {"rmse": scores["mse"].sqrt()}
+
+    def prediction_of(self, tasks: Tasks) -> Distribution:
+        """What is predicted at the targets of tasks."""
+        return self.predict(tasks.context_x, tasks.context_y, tasks.target_x, **tasks.masks)
 
     def predict(
         self,
@@ -58,22 +121,50 @@ class NeuralProcess(Learner):
         context_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
     ) -> Distribution:
-        if context_mask is None and target_mask is None:
-            return self.model(context_x, context_y, target_x)
+        masks = context_mask, target_mask
+        if self.units is None:
+            return self._ask(context_x, context_y, target_x, *masks)
+        inputs = self.units.of_x(context_x), self.units.of_y(context_y), self.units.of_x(target_x)
+        return self.units.restore(self._ask(*inputs, *masks))
+
+    def _ask(
+        self,
+        context_x: Tensor,
+        context_y: Tensor,
+        target_x: Tensor,
+        context_mask: Tensor | None,
+        target_mask: Tensor | None,
+    ) -> Distribution:
+        """The network's prediction, everything in its own units."""
         if context_mask is not None and "context_mask" not in self._asked_for:
             raise TypeError(
                 f"{type(self.model).__name__} takes no context_mask, so that it cannot tell "
                 "padding from points: it learns from tasks of a common size only"
             )
-        masks = {"context_mask": context_mask, "target_mask": target_mask}
+        more = {
+            "context_mask": context_mask,
+            "target_mask": target_mask,
+            "samples": self.samples if self.training else self.eval_samples,
+        }
         return self.model(
             blank(context_x, context_mask),
             blank(context_y, context_mask),
             blank(target_x, target_mask),
-            **{name: mask for name, mask in masks.items() if name in self._asked_for},
+            **{name: value for name, value in more.items() if name in self._asked_for},
         )
 
-    def _judged(self, tasks: Tasks) -> tuple[Distribution, Tensor]:
-        """The prediction at the targets, and their y."""
-        prediction = self.predict(tasks.context_x, tasks.context_y, tasks.target_x, **tasks.masks)
-        return prediction, blank(tasks.target_y, tasks.target_mask)
+    def _judged(self, tasks: Tasks) -> Judged:
+        """The points that the loss is about, in the network's units and without what is padding."""
+        context_x, context_y = tasks.context_x, tasks.context_y
+        target_x, target_y = tasks.target_x, tasks.target_y
+        context_mask, target_mask = tasks.context_mask, tasks.target_mask
+        if self.units is not None:
+            context_x, target_x = self.units.of_x(context_x), self.units.of_x(target_x)
+            context_y, target_y = self.units.of_y(context_y), self.units.of_y(target_y)
+        context_x, context_y = blank(context_x, context_mask), blank(context_y, context_mask)
+        points = blank(target_x, target_mask), blank(target_y, target_mask), target_mask
+        everything = self.loss_on == "context+target"
+        if everything:
+            points = objectives.joined(context_x, context_y, context_mask, *points)
+        x, y, mask = points
+        return Judged(context_x, context_y, x, y, context_mask, mask, everything)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.encoders import CrossAttentionEncoder, Decoder, PoolingEncoder

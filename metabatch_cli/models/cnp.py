@@ -85,7 +85,9 @@ class CNP(nn.Module):
         """What the context says: codes `[tasks, n_target or 1, width]`."""
         return [encoder(context_x, context_y, mask)[:, None] for encoder in self.encoders]
 
-    def decode(self, codes: list[Tensor], target_x: Tensor, more: Tensor | None = None) -> Distribution:
+    def decode(
+        self, codes: list[Tensor], target_x: Tensor, more: Tensor | None = None
+    ) -> Distribution:
         """The distribution of y at the targets that codes, and whatever is added, stand for."""
         raw = self.decoder(codes, target_x, more)
         # the likelihood is no place for bfloat16

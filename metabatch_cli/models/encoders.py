@@ -49,9 +49,7 @@ class PoolingEncoder(nn.Module):
             raise ValueError("post_depth=0: a code of another size needs a layer after the mean")
         self.post = layers([width] * post_depth + [dim_out or width], activation)
 
-    def forward(
-        self, context_x: Tensor, context_y: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, context_x: Tensor, context_y: Tensor, mask: Tensor | None = None) -> Tensor:
         """`context_x [tasks, points, dim_x]`, `context_y` → `[tasks, dim_out]`."""
         points = torch.cat([context_x, context_y], dim=-1)
         if self.attention is not None:

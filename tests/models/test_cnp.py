@@ -92,7 +92,7 @@ def test_no_prediction_is_surer_than_min_sigma(min_sigma, seed):
     context_x, context_y, target_x = tasks(2, 5, 6, 1, 1, seed)
     model = cnp(seed=seed, min_sigma=min_sigma)
     with torch.no_grad():
-        model.decoder[-1].weight.mul_(100)  # far into both ends of the softplus
+        model.decoder.layers[-1].weight.mul_(100)  # far into both ends of the softplus
     prediction = model(context_x, context_y, target_x)
     assert prediction.stddev.min() >= min_sigma
     most_likely = prediction.log_prob(prediction.mean)
@@ -103,8 +103,8 @@ def test_no_prediction_is_surer_than_min_sigma(min_sigma, seed):
 def test_sigma_is_that_of_the_papers_code(min_sigma, raw):
     model = cnp(min_sigma=min_sigma)
     with torch.no_grad():
-        model.decoder[-1].weight.zero_()
-        model.decoder[-1].bias.copy_(torch.tensor([3.0, raw]))
+        model.decoder.layers[-1].weight.zero_()
+        model.decoder.layers[-1].bias.copy_(torch.tensor([3.0, raw]))
     prediction = model(*tasks(1, 2, 2, 1, 1, seed=0))
     sigma = min_sigma + (1 - min_sigma) * math.log1p(math.exp(raw))
     torch.testing.assert_close(prediction.stddev, torch.full_like(prediction.stddev, sigma))
@@ -124,7 +124,8 @@ def test_points_that_are_seen_several_times_say_nothing_more(n_context, times, s
 @pytest.mark.parametrize(("encoder_depth", "decoder_depth"), [(1, 1), (2, 4), (4, 1)])
 def test_depths_count_linear_layers(activation, encoder_depth, decoder_depth):
     model = cnp(activation=activation, encoder_depth=encoder_depth, decoder_depth=decoder_depth)
-    for part, depth in ((model.encoder, encoder_depth), (model.decoder, decoder_depth)):
+    parts = ((model.encoders[0].points, encoder_depth), (model.decoder.layers, decoder_depth))
+    for part, depth in parts:
         assert sum(isinstance(layer, torch.nn.Linear) for layer in part) == depth
     assert model(*tasks(1, 2, 3, 1, 1, seed=0)).mean.shape == (1, 3, 1)
 

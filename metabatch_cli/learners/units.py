@@ -1,0 +1,47 @@
+"""The data's own units, and those that a network likes: x and y of mean 0 and deviation 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from metabatch_cli.models.predictive import Predictive, scaled_normal
+
+
+class Units(nn.Module):
+    """A fixed shift and scale for each dimension of x and y, saved with the weights.
+
+    Args:
+        normalisation: `x_mean, x_std, y_mean, y_std`, a number for each dimension.
+    """
+
+    x_mean: Tensor
+    x_std: Tensor
+    y_mean: Tensor
+    y_std: Tensor
+
+    def __init__(self, normalisation: Mapping[str, Any]) -> None:
+        super().__init__()
+        for name in ("x_mean", "x_std", "y_mean", "y_std"):
+            numbers = torch.as_tensor(normalisation[name], dtype=torch.get_default_dtype())
+            self.register_buffer(name, numbers)
+
+    def of_x(self, x: Tensor) -> Tensor:
+        """x `[…, dim_x]` as the network sees it."""
+        return (x - self.x_mean) / self.x_std
+
+    def of_y(self, y: Tensor) -> Tensor:
+        """y `[…, dim_y]` as the network sees it."""
+        return (y - self.y_mean) / self.y_std
+
+    def restore(self, prediction: Distribution) -> Distribution:
+        """A prediction of the network's in the data's own units."""
+        if isinstance(prediction, Predictive):
+            return prediction.scaled(self.y_mean, self.y_std)
+        if isinstance(prediction, Independent) and isinstance(prediction.base_dist, Normal):
+            return scaled_normal(prediction, self.y_mean, self.y_std)
+        raise TypeError(f"a {type(prediction).__name__} cannot be brought back to own units")
