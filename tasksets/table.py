@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
@@ -25,10 +24,8 @@ from tasksets.baselines import (
 from tasksets.images import DataError, check_choice
 from tasksets.table_file import TableFile
 
-_PASSES = 16  # over the training groups, for the σ of the baselines
-_AT_ONCE = 64  # tasks in each step of a pass
-
-_log = logging.getLogger("metabatch")
+_FITTED = 8192  # training tasks that the σ of the baselines is fitted to
+_AT_ONCE = 64  # of them in a batch, which shares its sizes
 
 
 class Table(TaskSet):
@@ -101,15 +98,6 @@ class Table(TaskSet):
             sizes=sizes,
             split=split,
         )
-        _log.info(
-            "%s: %s groups to %s, %s of fewer than %s rows left out; %s rows with an empty cell",
-            dataset.path.name,
-            f"{len(self.groups):,}",
-            {"train": "train on", "val": "validate on", "test": "test on"}[self.split],
-            f"{self.left_out:,}",
-            self.least,
-            f"{dataset.dropped_rows:,}",
-        )
 
     def belong_to(self, split: Split) -> None:
         super().belong_to(split)
@@ -123,6 +111,18 @@ class Table(TaskSet):
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """What was left out of the table, if anything was."""
+        parts = []
+        if self.left_out:
+            groups = _counted(self.left_out, "group")
+            parts.append(f"{groups} of fewer than {self.least} rows left out")
+        if self.dataset.dropped_rows:
+            rows = _counted(self.dataset.dropped_rows, "row")
+            parts.append(f"{rows} with an empty cell dropped")
+        return ", ".join(parts)
 
     def __gettasks__(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
@@ -156,17 +156,16 @@ class Table(TaskSet):
         stream = Stream(0, "table", "baselines")
         generator = torch.Generator()
         errors: dict[str, list[Tensor]] = {}
-        step = 0
-        for number in range(_PASSES):
-            order = permutation(stream.words(len(groups), number))
-            for start in range(0, len(groups), _AT_ONCE):
-                step += 1
-                sizes = self.law.draw(stream.words(WORDS, step, 1).tolist())
-                stream.fill(generator, step, 2)
-                chosen = groups[order[start : start + _AT_ONCE]]
-                tasks = self._create(chosen, sizes["n_context"], sizes["n_target"], generator)
-                for name, prediction in self._predictions(tasks).items():
-                    errors.setdefault(name, []).append(squared_errors(tasks, prediction))
+        passes = -(-_FITTED // len(groups))  # each over all groups, in another order
+        orders = [permutation(stream.words(len(groups), number)) for number in range(passes)]
+        order = np.concatenate(orders)[:_FITTED]
+        for step, start in enumerate(range(0, _FITTED, _AT_ONCE)):
+            sizes = self.law.draw(stream.words(WORDS, step, 1).tolist())
+            stream.fill(generator, step, 2)
+            chosen = groups[order[start : start + _AT_ONCE]]
+            tasks = self._create(chosen, sizes["n_context"], sizes["n_target"], generator)
+            for name, prediction in self._predictions(tasks).items():
+                errors.setdefault(name, []).append(squared_errors(tasks, prediction))
         tiny = 1e-6 * torch.tensor(self.dataset.normalisation["y_std"], dtype=torch.float64)
         return {
             name: torch.cat(of_tasks).mean(dim=0).sqrt().maximum(tiny)
@@ -248,3 +247,7 @@ def _random_rows(counts: np.ndarray, drawn: int, generator: torch.Generator) -> 
     if drawn < longest:
         keys.partition(drawn, axis=1)
     return np.sort(keys[:, :drawn], axis=1) & ((1 << bits) - 1)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"

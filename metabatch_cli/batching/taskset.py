@@ -106,6 +106,10 @@ class TaskSet(Dataset):
 
     classes: Any = None
 
+    note = ""
+    """What else the table that opens a training should say of the set, such as what of the data
+    was left out."""
+
     creates_anywhere = False
     """Whether `__gettasks__` computes on the device of its generator, whatever that is: what
     `TaskLoader(…, create_on="device")` needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.engine.evaluator import evaluate
+from metabatch_cli.engine.parts import Parts, describe
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.models.cnp import CNP
@@ -130,12 +132,12 @@ def test_groups_of_too_few_rows_are_left_out_and_counted(file):
     assert table(file, {"min_rows": 8}).least == 8
 
 
-def test_what_is_left_out_is_said(file, caplog):
-    with caplog.at_level("INFO", "metabatch"):
-        table(file, split="test")
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "groups to test on" in said
-    assert "of fewer than 2 rows left out; 0 rows with an empty cell" in said
+def test_what_is_left_out_is_said(file, tmp_path):
+    assert table(file, min_pts=6).note.endswith(" groups of fewer than 7 rows left out")
+    path = write(tmp_path / "t.csv", [4] * 10)
+    assert table(path).note == ""
+    path.write_text(path.read_text().replace(",203,", ",,"))
+    assert table(path).note == "1 row with an empty cell dropped"
 
 
 def test_a_split_without_a_large_group_is_refused(file):
@@ -325,3 +327,11 @@ def test_chicks_that_died_young_are_left_out(metabatch_data):
     assert sum(map(len, tasksets)) == 49
     assert sum(taskset.left_out for taskset in tasksets) == 1  # two rows, and min_pts is two
     assert tasksets[0].dataset.counts.sum() == 578
+
+
+def test_the_table_that_opens_a_training_says_what_was_left_out(metabatch_data):
+    names = ("taskset=chickweight", "model=cnp", "learner=neural_process")
+    given = (*names, f"data_dir={metabatch_data}", "taskset.min_pts=4", "loader.workers=0")
+    rows = dict(describe(Parts(check(resolve(compose(*given))))))
+    left_out = r"34 tasks \(1 group of fewer than 5 rows left out\)"
+    assert re.fullmatch(rf"Table of TableFile, {left_out}", rows["task set"])
