@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.batching.sizes import SizeLaw, make_law
 from metabatch_cli.batching.task import Task
 
@@ -38,7 +39,11 @@ class TaskSpec:
         kind: what y is, which decides what figures show.
         ways: classes in a task (the most of them, if it varies); None for regression.
         image_shape: `(C, H, W)` of the image whose pixels a task completes, else None.
-        normalisation: how y was scaled, `{"mean": …, "std": …}`; empty if it was not.
+        normalisation: of tasks in units of their own, what brings x and y to mean 0 and standard
+            deviation 1: `x_mean`, `x_std`, `y_mean`, `y_std`, a number for each dimension,
+            measured on the training tasks only, whatever the split. The tasks themselves are not
+            normalised: this is for learners to do inside, with predictions and scores in the
+            tasks' units. Empty where there is nothing to do.
     """
 
     x_shape: tuple[int, ...]
@@ -46,7 +51,7 @@ class TaskSpec:
     kind: Literal["regression", "image", "classification"] = "regression"
     ways: int | None = None
     image_shape: tuple[int, int, int] | None = None
-    normalisation: Mapping[str, float] = field(default_factory=dict)
+    normalisation: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def dim_x(self) -> int:
@@ -100,6 +105,10 @@ class TaskSet(Dataset):
     """
 
     classes: Any = None
+
+    note = ""
+    """What else the table that opens a training should say of the set, such as what of the data
+    was left out."""
 
     creates_anywhere = False
     """Whether `__gettasks__` computes on the device of its generator, whatever that is: what
@@ -176,6 +185,14 @@ class TaskSet(Dataset):
         A set with `ragged = True` is given a `PaddedTask`.
         """
         return None
+
+    def baselines(self, tasks: Tasks) -> dict[str, dict[str, Tensor]]:
+        """What simple predictions score that any learner should beat: by name, then by metric.
+
+        Each score is `[tasks]`, of the same meaning as the learners' metric of the same name.
+        Evaluation asks for it on the very tasks that the learner is scored on.
+        """
+        return {}
 
     def truth(self, tasks: Task, x: Tensor) -> Tensor | None:
         """The noise-free y `[tasks, points, dim_y]` at x `[tasks, points, dim_x]`, if known."""

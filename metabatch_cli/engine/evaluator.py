@@ -26,7 +26,9 @@ class Evaluation:
 
     Attributes:
         metrics: by `SPLIT/METRIC[@QUALIFIERS]`: `mean` over tasks, `ci95` (a half-width; None
-            for a single task), `tasks`, and `oracle` where the best possible score is known.
+            for a single task), `tasks`, `oracle` where the best possible score is known, and
+            `baselines`, the mean of each simple prediction by its name, where the task set has
+            some that are scored by the metric. (`mse@steps=1` has the baselines of `mse`.)
         digests: SHA-256 of the tasks of each set, by `SPLIT[@QUALIFIERS]`.
     """
 
@@ -74,11 +76,19 @@ def evaluate(
     try:
         for qualifiers, loader in loaders.items():
             with random_states.preserved(loader.seed):  # of learners that draw when they score
-                scores, oracle, tasks_digest = _score(learner, loader, n_tasks, precision)
-            for name, values in scores.items():
+                scores, tasks_digest = _score(learner, loader, n_tasks, precision)
+            for name, values in scores.own.items():
                 entry = summarise(values)
-                if name in oracle:
-                    entry["oracle"] = summarise(oracle[name])["mean"]
+                if name in scores.oracle:
+                    entry["oracle"] = scores.oracle[name].mean().item()
+                base = name.partition("@")[0]
+                baselines = {
+                    baseline: found[base].mean().item()
+                    for baseline, found in scores.baselines.items()
+                    if base in found
+                }
+                if baselines:
+                    entry["baselines"] = baselines
                 evaluation.metrics[f"{split}/{qualified(name, qualifiers)}"] = entry
             evaluation.digests[qualified(split, qualifiers)] = tasks_digest
     finally:
@@ -100,13 +110,21 @@ def qualified(name: str, qualifiers: str) -> str:
     return f"{base}@{together}" if together else base
 
 
+@dataclass
+class _Scores:
+    """By metric, `[tasks]` each on the CPU: the learner's, the oracle's, each baseline's."""
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    oracle: dict[str, Tensor] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
 @torch.no_grad()
 def _score(
     learner: Learner, loader: TaskLoader, n_tasks: int, precision: Precision
-) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """Scores and oracle's scores, `[tasks]` each on the CPU, and the digest of the tasks."""
-    scores: dict[str, list[Tensor]] = {}
-    oracle: dict[str, list[Tensor]] = {}
+) -> tuple[_Scores, str]:
+    """The scores of the tasks, and their digest."""
+    scores = _Scores()
     sha = hashlib.sha256()
     total = loader.plan.n_tasks
     wanted = n_tasks if total is None else min(n_tasks, total)
@@ -120,11 +138,14 @@ def _score(
         with precision.autocast():
             own = learner.score(tasks)
         best = loader.dataset.oracle(tasks) or {}  # type: ignore[arg-type] # a ragged set takes it
-        for found, kept in ((own, scores), (best, oracle)):
+        pairs = [(own, scores.own), (best, scores.oracle)]
+        for baseline, found in loader.dataset.baselines(tasks).items():
+            pairs.append((found, scores.baselines.setdefault(baseline, {})))
+        for found, kept in pairs:
             for name, values in found.items():
-                kept.setdefault(name, []).append(values.cpu().double()[judged])
-    joined = [{name: torch.cat(parts) for name, parts in kept.items()} for kept in (scores, oracle)]
-    return joined[0], joined[1], sha.hexdigest()
+                fresh = values.cpu().double()[judged]
+                kept[name] = torch.cat([kept[name], fresh]) if name in kept else fresh
+    return scores, sha.hexdigest()
 
 
 def monitored(metric: Metric, monitor: str | None) -> Metric:

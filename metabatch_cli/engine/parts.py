@@ -137,6 +137,7 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     dataset = getattr(parts.taskset, "dataset", None)
     drawn_from = f" of {type(dataset).__name__}" if dataset is not None else ""
     count = "endless" if plan.n_tasks is None else f"{plan.n_tasks:,} tasks"
+    note = f" ({parts.taskset.note})" if parts.taskset.note else ""
     parameters = sum(parameter.numel() for parameter in parts.learner.parameters())
     model = config.model["_target_"].rpartition(".")[2]
     optimizer = type(parts.optimizer).__name__
@@ -148,7 +149,7 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     trainer = config.trainer
     limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
     return [
-        ("task set", f"{kind}{drawn_from}, {count}"),
+        ("task set", f"{kind}{drawn_from}, {count}{note}"),
         ("sizes", plan.law.describe() + (", or fewer" if parts.taskset.ragged else "")),
         ("loader", f"{plan.batch_size} tasks a batch, {made}"),
         ("model", f"{model}, {parameters:,} parameters"),

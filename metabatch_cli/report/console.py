@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+BASELINE_WIDTH = 13  # columns of a baseline's name, which may go over two lines
 LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
 
 log = logging.getLogger("metabatch")
@@ -132,16 +133,20 @@ class Reporter:
         log.info("step %d: %s", step, self._validation)
 
     def result(self, title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """A table of metrics: mean, 95% interval, tasks, and the oracle's score where known."""
+        """A table of metrics: mean, 95% interval, tasks; the oracle and baselines where known."""
         with_oracle = any(entry.get("oracle") is not None for entry in metrics.values())
+        baselines = list(dict.fromkeys(b for e in metrics.values() for b in e.get("baselines", {})))
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         table.add_column("metric", style="bold cyan", no_wrap=True)
         for name in ("mean", "± 95%", "tasks", *(["oracle"] if with_oracle else [])):
             table.add_column(name, justify="right", no_wrap=True)
+        for name in baselines:
+            table.add_column(name.replace("_", " "), justify="right", max_width=BASELINE_WIDTH)
         for name, entry in metrics.items():
             cells = [number(entry["mean"]), number(entry["ci95"]), f"{entry['tasks']:,}"]
             if with_oracle:
                 cells.append(number(entry.get("oracle")))
+            cells += [number(entry.get("baselines", {}).get(baseline)) for baseline in baselines]
             table.add_row(name, *cells)
             log.info("%s = %s ± %s (%s tasks)", name, *cells[:3])
         self.console.print(table)

@@ -56,7 +56,7 @@ def draw_episodes(scene: Scene) -> Figure | None:
     place = Inches(figure)
     mask = tasks.context_mask
     shown = tasks.context_x if mask is None else tasks.context_x[mask]
-    scale = PixelScale.of(shown, scene.spec)
+    scale = PixelScale.of(shown)
 
     for number, episode in enumerate(episodes):
         corner = number * (episode_width + between) + left

@@ -28,7 +28,7 @@ def draw_images(scene: Scene) -> Figure | None:
         return None
     sizes = within(sizes, tasks.context_x.shape[1])
     count = len(tasks.target_x)
-    scale = PixelScale.of(tasks.target_y, scene.spec)
+    scale = PixelScale.of(tasks.target_y)
     rows = 3 if scene.shows_spread else 2
 
     across = min(count, 2 if len(sizes) <= 5 else 1)
@@ -46,7 +46,7 @@ def draw_images(scene: Scene) -> Figure | None:
 
     pictures = [_complete(scene, tasks, image, sizes) for image in range(count)]
     deviations = [s for picture in pictures for s in picture.sigmas if s is not None]
-    most = _sensible_maximum(deviations) * scale.std
+    most = _sensible_maximum(deviations)
     for image, picture in enumerate(pictures):
         corner_x = left + (image % across) * (block + between)
         corner_y = title + (image // across) * (rows * tall + between)
@@ -62,7 +62,7 @@ def draw_images(scene: Scene) -> Figure | None:
             if sigma is not None:
                 deviation = place.image(x, corner_y + 2 * tall, cell, tall)
                 drawn = deviation.imshow(
-                    scale.std * sigma.mean(axis=-1), cmap="magma", vmin=0, vmax=most, aspect="auto"
+                    sigma.mean(axis=-1), cmap="magma", vmin=0, vmax=most, aspect="auto"
                 )
         x = corner_x + len(sizes) * cell + before_truth
         truth = place.image(x, corner_y + tall, cell, tall)

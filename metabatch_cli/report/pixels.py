@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from metabatch_cli.batching.taskset import TaskSpec
 from metabatch_cli.report.style import numbers
 
 UNKNOWN = "#8FAAC8"  # a pixel that the context does not hold: no grey, so no shade of an image
@@ -18,27 +17,23 @@ UNKNOWN = "#8FAAC8"  # a pixel that the context does not hold: no grey, so no sh
 class PixelScale:
     """From the y of pixels, or the bytes of images, to shades of [0, 1]."""
 
-    mean: float
-    std: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, y: Tensor, spec: TaskSpec) -> PixelScale:
-        """Back to what the images were before they were normalised, then black to white."""
+    def of(cls, y: Tensor) -> PixelScale:
+        """Black to white: from 0 to 1 if that holds all of y, else from its least to its most."""
         if not y.is_floating_point():
-            return cls(0.0, 1.0, 0.0, 255.0)
-        mean = float(spec.normalisation.get("mean", 0.0))
-        std = float(spec.normalisation.get("std", 1.0))
-        values = numbers(y) * std + mean
+            return cls(0.0, 255.0)
+        values = numbers(y)
         low, high = float(values.min()), float(values.max())
         if low >= -1e-3 and high <= 1 + 1e-3:
             low, high = 0.0, 1.0
-        return cls(mean, std, low, high if high > low else low + 1.0)
+        return cls(low, high if high > low else low + 1.0)
 
     def shade(self, values: np.ndarray) -> np.ndarray:
         """`[H, W, C]` in y's units → `[H, W, 3]`; else than 3 channels: the first."""
-        shades = (values * self.std + self.mean - self.low) / (self.high - self.low)
+        shades = (values - self.low) / (self.high - self.low)
         shades = np.nan_to_num(shades).clip(0, 1)
         return shades if shades.shape[-1] == 3 else shades[..., :1].repeat(3, axis=-1)
 

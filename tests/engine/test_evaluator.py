@@ -258,3 +258,34 @@ def test_an_oracle_is_averaged_over_the_same_tasks():
         [tasks.dataset.oracle(tasks.batch_at(step))["log_likelihood"] for step in range(3)]
     )[:10]
     assert entry["oracle"] == pytest.approx(by_hand.double().mean().item())
+
+
+class WithBaselines(WithOracle):
+    """Two simple predictions, the second of which is scored by one metric that no learner has."""
+
+    def baselines(self, tasks):
+        zero = tasks.target_y.square().mean(dim=(1, 2))
+        return {"zero": {"mse": zero, "rmse": zero.sqrt()}, "odd": {"rmse": zero.sqrt()}}
+
+
+def test_baselines_are_averaged_over_the_same_tasks_and_stand_under_each_metric_they_know():
+    tasks = loader(kind=WithBaselines, noise=0.1)
+    metrics = evaluated(network(), {"": tasks}).metrics
+    squares = [tasks.batch_at(step).target_y.square().mean(dim=(1, 2)) for step in range(3)]
+    expected = torch.cat(squares)[:10].double().mean().item()
+    assert metrics["test/mse"]["baselines"] == {"zero": pytest.approx(expected)}
+    assert "baselines" not in metrics["test/log_likelihood"]
+    assert "oracle" in metrics["test/log_likelihood"]
+
+
+def test_a_metric_with_qualifiers_of_the_learner_has_the_baselines_of_its_base():
+    class Qualified(NeuralProcess):
+        def score(self, tasks):
+            scores = super().score(tasks)
+            return {"mse@steps=1": scores["mse"], "rmse@steps=1": scores["mse"].sqrt()}
+
+    metrics = evaluated(
+        network(Qualified), {"shots=3": loader(kind=WithBaselines, noise=0.1)}
+    ).metrics
+    assert set(metrics["test/mse@shots=3,steps=1"]["baselines"]) == {"zero"}
+    assert set(metrics["test/rmse@shots=3,steps=1"]["baselines"]) == {"zero", "odd"}

@@ -136,6 +136,22 @@ def test_an_oracle_has_a_column_where_one_metric_has_it():
     assert lines[3].split()[-1] == "–"
 
 
+def test_baselines_have_columns_behind_the_oracles_and_a_narrow_terminal_holds_them():
+    plain = reporter()
+    plain.console.width = 80
+    entry = {"mean": 1.0, "ci95": 0.5, "tasks": 1000}
+    both = {"context_mean": 2.0, "linear_interpolation": 3.0}
+    plain.result(
+        "test",
+        {"test/log_likelihood": {**entry, "baselines": both}, "test/mse": {**entry, "oracle": 4.0}},
+    )
+    *_, header, first, second = text(plain).splitlines()
+    assert "context mean" in text(plain)
+    assert "interpolation" in header
+    assert first.split()[-3:] == ["–", "2.0000", "3.0000"]
+    assert second.split()[-3:] == ["4.0000", "–", "–"]
+
+
 def test_a_result_without_metrics_is_no_error():
     reporter().result("test", {})
 
