@@ -70,8 +70,8 @@ class NeuralProcess(Learner):
         self.samples, self.eval_samples = samples, eval_samples
         parameters = inspect.signature(model.forward).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        names = ("context_mask", "target_mask", "samples")
-        self._asked_for = {name for name in names if anything or name in parameters}
+        masks = {name for name in ("context_mask", "target_mask") if anything or name in parameters}
+        self._asked_for = masks | ({"samples"} & set(parameters))
         self.units = Units(normalisation) if normalisation else None
 
     @property
@@ -150,7 +150,11 @@ class NeuralProcess(Learner):
             blank(context_x, context_mask),
             blank(context_y, context_mask),
             blank(target_x, target_mask),
-            **{name: value for name, value in more.items() if name in self._asked_for},
+            **{
+                name: value
+                for name, value in more.items()
+                if value is not None and name in self._asked_for
+            },
         )
 
     def _judged(self, tasks: Tasks) -> Judged:
