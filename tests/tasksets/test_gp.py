@@ -133,6 +133,11 @@ def test_the_posterior_is_what_the_oracle_judges_by(kernel, seed):
     torch.testing.assert_close(std[..., 0], expected.stddev.float(), rtol=1e-4, atol=1e-4)
     _, of_function = taskset.posterior(tasks, tasks.target_x, noisy=False)
     torch.testing.assert_close(of_function.square() + 0.01, std.square(), rtol=1e-4, atol=1e-5)
+    nothing = tasks._replace(context_x=tasks.context_x[:, :0], context_y=tasks.context_y[:, :0])
+    prior_mean, prior_std = taskset.posterior(nothing, tasks.target_x, noisy=False)
+    assert (prior_mean == 0).all()
+    amplitude = tasks.aux["parameters"][:, 1, None, None].expand_as(prior_std)
+    torch.testing.assert_close(prior_std, amplitude)
     of_one = taskset.posterior(tasks, tasks.target_x[:, :1])[0]
     torch.testing.assert_close(of_one, mean[:, :1], rtol=1e-4, atol=1e-4)
 
@@ -280,6 +285,7 @@ def test_an_infinite_set_has_no_length_and_a_finite_one_its_own():
         ({"target_x_range": (1.0, 2.0, 3.0)}, r"target_x_range"),
         ({"dim_x": 0}, r"dim_x=0"),
         ({"noise": -0.1}, r"noise=-0\.1"),
+        ({"noise": math.inf}, r"noise=inf"),
         ({"noise": math.nan}, r"noise=nan"),
         ({"vary": "tasks"}, r"vary='tasks'.*'task' or 'batch'"),
         ({"vary": "batch", "n_tasks": 5}, r"vary='batch' with n_tasks=5"),
