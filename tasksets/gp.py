@@ -270,15 +270,19 @@ class GaussianProcess(TaskSet):
     def _factor(self, x: Tensor, parameters: Tensor, noise: float | None = None) -> Tensor:
         """The Cholesky factor of the covariance of noisy values, `[tasks, points, points]`."""
         noise = self.noise if noise is None else noise
-        covariance = self.dataset(x, x, parameters)
+        covariance = self.dataset(x, x, parameters).contiguous()
         covariance.diagonal(dim1=1, dim2=2).mul_(1 + JITTER).add_(noise**2)
-        try:
-            return torch.linalg.cholesky(covariance)
-        except torch.linalg.LinAlgError as error:
+        # it is its own transpose, which LAPACK factorises where it lies: a second matrix of many
+        # points would cost as much in fresh memory as in arithmetic
+        factor = covariance.mT
+        failed = torch.empty(len(x), dtype=torch.int32, device=x.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if failed.any():
             raise ValueError(
                 f"dataset={type(self.dataset).__name__}: its covariances of {x.shape[1]} points "
                 f"(with noise={noise}) are not positive definite"
-            ) from error
+            )
+        return factor
 
 
 def _double(tensor: Tensor) -> Tensor:
