@@ -97,7 +97,7 @@ class GaussianProcess(TaskSet):
             self.target_x_range = _as_interval("target_x_range", target_x_range)
         if dim_x < 1:
             raise ValueError(f"dim_x={dim_x} must be at least 1")
-        if not noise >= 0:
+        if not 0 <= noise < math.inf:
             raise ValueError(f"noise={noise} is a standard deviation: at least 0")
         if vary not in ("task", "batch"):
             raise ValueError(f"vary={vary!r} must be 'task' or 'batch'")
@@ -150,7 +150,8 @@ class GaussianProcess(TaskSet):
         self._place(x[:, :n_context], x[:, n_context:])
         normal = torch.randn(count, 1, x.shape[1], dtype=torch.float64, **anywhere)
         factor = self._factor(x.double(), parameters.double())
-        return x, _times(factor, normal), parameters
+        # a row times a matrix: half the time of a matrix times a column
+        return x, (normal @ factor.mT).mT.float(), parameters
 
     def _from_pools(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
@@ -193,7 +194,7 @@ class GaussianProcess(TaskSet):
             normal = torch.special.ndtri(uniforms(at, count, self.split, "gp", "y") + 2**-54)
             parameters = self.dataset.parameters(uniform).double()
             factor = self._factor(x.double(), parameters, noise=0.0)
-            y = _times(factor, normal[:, None])
+            y = (normal[:, None] @ factor.mT).mT.float()
             self._known[index] = torch.cat([x, y], dim=2)[0]
         return self._known[index]
 
@@ -212,6 +213,9 @@ class GaussianProcess(TaskSet):
     def oracle(self, tasks: Task) -> dict[str, Tensor]:
         """The scores of the exact posterior, under each task's true hyper-parameters.
 
+        It knows the process, not the function: of the functions of a finite set that it has seen
+        before, a learner may know more.
+
         Args:
             tasks: `[tasks, points, …]` with `aux["parameters"]`, of any type and device.
 
@@ -222,8 +226,8 @@ class GaussianProcess(TaskSet):
             `mse`: of the posterior mean.
         """
         n_context = tasks.context_x.shape[1]
-        x = torch.cat([tasks.context_x, tasks.target_x], dim=1).double()
-        y = torch.cat([tasks.context_y, tasks.target_y], dim=1).double()
+        x = _double(torch.cat([tasks.context_x, tasks.target_x], dim=1))
+        y = _double(torch.cat([tasks.context_y, tasks.target_y], dim=1))
         factor = self._factor(x, tasks.aux["parameters"].to(x))
         # rows of the factor: what context, then targets before, tell of a target, and what is new
         white = torch.linalg.solve_triangular(factor, y, upper=False)[:, n_context:, 0]
@@ -233,7 +237,7 @@ class GaussianProcess(TaskSet):
         mean = told @ torch.linalg.solve_triangular(
             factor[:, :n_context, :n_context], y[:, :n_context], upper=False
         )
-        error = tasks.target_y.double()[..., 0] - mean[..., 0]
+        error = y[:, n_context:, 0] - mean[..., 0]
         spread = factor[:, n_context:, n_context:].square().sum(-1).sqrt_()
         return {
             "log_likelihood": _log_normal(error / spread, spread).mean(-1),
@@ -249,40 +253,41 @@ class GaussianProcess(TaskSet):
             noisy: whether y is what is observed (as a learner predicts it) or the function.
 
         Returns:
-            Mean and standard deviation, `[tasks, points, 1]`, of x's type.
+            Mean and standard deviation, `[tasks, points, 1]`, of x's type and on its device.
         """
-        context_x, at = tasks.context_x.double(), x.double()
+        context_x, context_y, at = (_double(t) for t in (tasks.context_x, tasks.context_y, x))
         parameters = tasks.aux["parameters"].to(at)
         factor = self._factor(context_x, parameters)
         between = self.dataset(context_x, at, parameters)
         told = torch.linalg.solve_triangular(factor, between, upper=False)
-        white = torch.linalg.solve_triangular(factor, tasks.context_y.double(), upper=False)
+        white = torch.linalg.solve_triangular(factor, context_y, upper=False)
         points = at.flatten(0, 1)[:, None]
         each = parameters.repeat_interleave(at.shape[1], dim=0)
         variance = self.dataset(points, points, each).view(at.shape[:2])
         variance = (variance - told.square().sum(1)).clamp_(min=0) + self.noise**2 * noisy
-        return (told.mT @ white).to(x.dtype), variance.sqrt()[..., None].to(x.dtype)
+        return (told.mT @ white).to(x), variance.sqrt()[..., None].to(x)
 
     def _factor(self, x: Tensor, parameters: Tensor, noise: float | None = None) -> Tensor:
         """The Cholesky factor of the covariance of noisy values, `[tasks, points, points]`."""
         noise = self.noise if noise is None else noise
-        covariance = self.dataset(x, x, parameters)
+        covariance = self.dataset(x, x, parameters).contiguous()
         covariance.diagonal(dim1=1, dim2=2).mul_(1 + JITTER).add_(noise**2)
-        try:
-            return torch.linalg.cholesky(covariance)
-        except torch.linalg.LinAlgError as error:
+        # it is its own transpose, which LAPACK factorises where it lies: a second matrix of many
+        # points would cost as much in fresh memory as in arithmetic
+        factor = covariance.mT
+        failed = torch.empty(len(x), dtype=torch.int32, device=x.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if failed.any():
             raise ValueError(
                 f"dataset={type(self.dataset).__name__}: its covariances of {x.shape[1]} points "
                 f"(with noise={noise}) are not positive definite"
-            ) from error
+            )
+        return factor
 
 
-def _times(factor: Tensor, normal: Tensor) -> Tensor:
-    """Values float32 `[tasks, points, 1]` from a factor, used up, and normal `[tasks, 1, points]`.
-
-    A sum of rows is twice as fast as a product of matrices as small as these.
-    """
-    return factor.mul_(normal).sum(-1, keepdim=True).float()
+def _double(tensor: Tensor) -> Tensor:
+    # Apple's GPUs have no float64
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _log_normal(white: Tensor, sigma: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ the function, `lengthscale` and `period` are in units of x.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
-Range = float | tuple[float, float] | dict[str, Any]
-"""A number; `[low, high]`, uniform; or `{low: …, high: …, scale: log}`, log-uniform."""
+Range = float | tuple[float, float] | tuple[float, float, Literal["log"]]
+"""A number; `[low, high]`, uniform; or `[low, high, log]`, uniform in the logarithm."""
 
 
 class Kernel:
@@ -35,7 +35,7 @@ class Kernel:
     names: tuple[str, ...]
     _may_be_zero: tuple[str, ...] = ()
 
-    def __init__(self, **ranges: Range | Sequence[float]) -> None:
+    def __init__(self, **ranges: Range) -> None:
         self.names = tuple(ranges)
         bounds = [
             _as_range(name, value, name in self._may_be_zero) for name, value in ranges.items()
@@ -332,23 +332,14 @@ def _sine_squares(x1: Tensor, x2: Tensor, period: Tensor) -> Tensor:
 
 def _as_range(name: str, value: Any, may_be_zero: bool = False) -> tuple[float, float, bool]:
     """The lower and the upper bound, as logarithms where the third is True."""
-    form = "must be a number, [low, high] or {low: …, high: …, scale: log}"
-    scale = "linear"
-    if isinstance(value, (int, float)):
-        low = high = float(value)
-    elif isinstance(value, Mapping):
-        if set(value) - {"scale"} != {"low", "high"}:
-            raise ValueError(f"{name}={dict(value)!r} {form}")
-        low, high, scale = value["low"], value["high"], value.get("scale", "linear")
-    elif len(bounds := tuple(value)) == 2:
-        low, high = bounds
-    else:
-        raise ValueError(f"{name}={value!r} {form}")
-    if scale not in ("linear", "log"):
-        raise ValueError(f"{name}.scale={scale!r} must be 'linear' or 'log'")
-    least_is_fine = low > 0 or (low == 0 and may_be_zero and scale == "linear")
+    bounds = (value, value) if isinstance(value, (int, float)) else tuple(value)
+    is_log = bounds[2:] == ("log",)
+    if len(bounds) != 2 + is_log:
+        raise ValueError(f"{name}={value!r} must be a number, [low, high] or [low, high, log]")
+    low, high = bounds[:2]
+    least_is_fine = low > 0 or (low == 0 and may_be_zero and not is_log)
     if not (least_is_fine and low <= high < math.inf):
-        raise ValueError(f"{name}={value!r} {form}, with 0 < low ≤ high")
-    if scale == "log":
+        raise ValueError(f"{name}={value!r} must be a number or a range with 0 < low ≤ high")
+    if is_log:
         return math.log(low), math.log(high), True
     return float(low), float(high), False

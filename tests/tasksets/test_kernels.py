@@ -158,7 +158,7 @@ def test_a_mixture_draws_its_kernels_by_weight():
 
 
 def test_parameters_fill_their_ranges_uniformly_or_in_their_logarithm():
-    kernel = RBF(lengthscale={"low": 0.01, "high": 1.0, "scale": "log"}, amplitude=(1.0, 3.0))
+    kernel = RBF(lengthscale=(0.01, 1.0, "log"), amplitude=(1.0, 3.0))
     uniform = torch.linspace(0, 1, 101)[:, None].expand(-1, 2)
     lengthscale, amplitude = kernel.parameters(uniform).T
     torch.testing.assert_close(lengthscale, 10 ** torch.linspace(-2, 0, 101))
@@ -184,11 +184,11 @@ def test_names_say_whose_parameter_it_is():
         (lambda: RBF(lengthscale=0.0), r"lengthscale=0\.0.*0 < low ≤ high"),
         (lambda: RBF(lengthscale=(2.0, 1.0)), r"lengthscale=\(2\.0, 1\.0\)"),
         (lambda: RBF(lengthscale=(1.0, 2.0, 3.0)), r"lengthscale=.*\[low, high\]"),
-        (lambda: RBF(amplitude={"low": 1.0}), r"amplitude=.*low.*high"),
-        (lambda: RBF(amplitude={"low": 1.0, "high": 2.0, "scale": "lag"}), r"amplitude\.scale"),
+        (lambda: RBF(amplitude=(1.0,)), r"amplitude=.*\[low, high\]"),
+        (lambda: RBF(amplitude=(1.0, 2.0, "lag")), r"amplitude=.*\[low, high, log\]"),
         (lambda: RBF(amplitude=math.inf), r"amplitude=inf"),
         (lambda: RBF(amplitude=math.nan), r"amplitude=nan"),
-        (lambda: SpectralMixture(frequency={"low": 0, "high": 1, "scale": "log"}), "frequency"),
+        (lambda: SpectralMixture(frequency=(0, 1, "log")), "frequency"),
         (lambda: SpectralMixture(0), r"components=0"),
         (lambda: Matern(nu=2.0), r"nu=2\.0 must be 0\.5, 1\.5 or 2\.5"),
         (lambda: Sum([]), r"kernels=\[\]"),
