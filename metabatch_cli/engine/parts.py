@@ -15,6 +15,7 @@ from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.config.schema import Config
 from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
+from metabatch_cli.engine.memory import keep_freed_memory
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.trial import measure_step, try_out
 from metabatch_cli.learners.learner import Learner
@@ -32,6 +33,7 @@ class Parts:
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         torch.set_num_threads(int(self.config.trainer.threads))
+        keep_freed_memory()
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
         self.evaluation_loaders("val")
         self.evaluation_loaders("test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,8 +39,10 @@ def attend(
     seen = None if mask is None else mask.any(dim=-1, keepdim=True)
     if mask is not None and seen is not None:
         mask = (mask | ~seen)[:, None]  # a row without any key has no softmax
-    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
-    attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
+    query, key, value = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     attended = attended.transpose(1, 2).flatten(2)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
@@ -68,12 +71,37 @@ class AttentionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
+    def between(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Self-attention: `points [tasks, n, width]` look at each other."""
+        # one product for all three is faster than three
+        weights = [part.weight for part in (self.of_query, self.of_key, self.of_value)]
+        query, key, value = F.linear(points, torch.cat(weights)).chunk(3, dim=-1)
+        return self._finished(query, key, value, mask)
+
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        before: nn.Linear | None = None,
     ) -> Tensor:
-        """`query [tasks, n_query, width]`, `key`, `value [tasks, n_key, width]` → as `query`."""
-        query = self.of_query(query)
-        key, value = self.of_key(key), self.of_value(value)
+        """`query [tasks, n_query, width]`, `key`, `value [tasks, n_key, width]` → as `query`.
+
+        Args:
+            before: a linear layer that queries and keys have still to go through; it is merged
+                into the block's own, as two products of weights are cheaper than two of points.
+        """
+        if before is None:
+            query, key = self.of_query(query), self.of_key(key)
+        else:
+            query, key = (
+                F.linear(part, own.weight @ before.weight, own.weight @ before.bias)
+                for part, own in ((query, self.of_query), (key, self.of_key))
+            )
+        return self._finished(query, key, self.of_value(value), mask)
+
+    def _finished(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         attended = attend(query, key, value, self.heads, mask, self.scale)
         hidden = self.norm1(query + attended)
         return self.norm2(hidden + F.relu(self.out(hidden)))

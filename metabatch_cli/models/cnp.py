@@ -6,7 +6,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Independent
 
 from metabatch_cli.models.encoders import Decoder, PoolingEncoder
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
@@ -63,7 +63,7 @@ class CNP(nn.Module):
         context_y: Tensor,
         target_x: Tensor,
         context_mask: Tensor | None = None,
-    ) -> Distribution:
+    ) -> Independent:
         """The predictive distribution at the targets.
 
         Args:
@@ -87,7 +87,7 @@ class CNP(nn.Module):
 
     def decode(
         self, codes: list[Tensor], target_x: Tensor, more: Tensor | None = None
-    ) -> Distribution:
+    ) -> Independent:
         """The distribution of y at the targets that codes, and whatever is added, stand for."""
         raw = self.decoder(codes, target_x, more)
         # the likelihood is no place for bfloat16

@@ -54,7 +54,7 @@ class PoolingEncoder(nn.Module):
         points = torch.cat([context_x, context_y], dim=-1)
         if self.attention is not None:
             hidden = self.activation(self.points(points))
-            hidden = self.attention(hidden, hidden, hidden, mask)
+            hidden = self.attention.between(hidden, mask)
             return self.post(_mean(hidden, mask))
         # the mean of a linear map is the map of the mean, once instead of for every point
         hidden = self.points[:-1](points)
@@ -101,8 +101,9 @@ class CrossAttentionEncoder(nn.Module):
         """Context `[tasks, n_context, …]`, `target_x [tasks, n_target, dim_x]` →
         `[tasks, n_target, width]`."""
         values = self.of_points(torch.cat([context_x, context_y], dim=-1))
-        values = self.self_attention(values, values, values, mask)
-        return self.cross_attention(self.of_x(target_x), self.of_x(context_x), values, mask)
+        values = self.self_attention.between(values, mask)
+        query, key = self.of_x[:-1](target_x), self.of_x[:-1](context_x)
+        return self.cross_attention(query, key, values, mask, before=self.of_x[-1])
 
 
 class Decoder(nn.Module):

@@ -6,14 +6,15 @@ import math
 from typing import Annotated
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Independent
 from torch.nn import functional as F
 
 from metabatch_cli.models.attention import attend
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
 from metabatch_cli.models.mlp import layers
+from metabatch_cli.models.predictive import Autoregressive, JointNormal
 
 
 class TransformerLayer(nn.Module):
@@ -98,6 +99,38 @@ class Transformer(nn.Module):
             tokens = layer(tokens, tokens[:, :n_context], mask)
         return self.layers[-1](tokens[:, n_context:], tokens[:, :n_context], mask)
 
+    def one_after_another(
+        self,
+        context_x: Tensor,
+        context_y: Tensor,
+        target_x: Tensor,
+        target_y: Tensor,
+        mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The tokens `[tasks, n_target, width]` of targets that see the context and the y of all
+        targets before them."""
+        (n_context, n_target), device = (context_x.shape[1], target_x.shape[1]), target_x.device
+        known = [self.points(context_x, context_y), self.points(target_x, target_y)]
+        tokens = self.embedder(torch.cat([*known, self.points(target_x, None)], dim=1))
+        n_seen = n_context + n_target
+        order = torch.arange(n_target, device=device)
+        # from when on a token is seen, and up to when one sees: the context at once, a target
+        # itself and what was before it, its unknown twin only what was before it
+        time = torch.cat([order.new_zeros(n_context), order + 1])
+        until = torch.cat([time, order])
+        sees = (time[None, :] <= until[:, None])[None]
+        if mask is not None or target_mask is not None:
+            ones = [x.new_ones(x.shape[:2], dtype=torch.bool) for x in (context_x, target_x)]
+            given = [
+                one if own is None else own
+                for one, own in zip(ones, (mask, target_mask), strict=True)
+            ]
+            sees = sees & torch.cat(given, dim=1)[:, None, :]
+        for layer in self.layers[:-1]:
+            tokens = layer(tokens, tokens[:, :n_seen], sees)
+        return self.layers[-1](tokens[:, n_seen:], tokens[:, :n_seen], sees[:, n_seen:])
+
 
 class TNPD(nn.Module):
     """Nguyen & Grover 2022, "Transformer Neural Processes" (arXiv:2207.04179), §3.3: TNP-D.
@@ -139,7 +172,7 @@ class TNPD(nn.Module):
         context_y: Tensor,
         target_x: Tensor,
         context_mask: Tensor | None = None,
-    ) -> Distribution:
+    ) -> Independent:
         """The predictive distribution at the targets; arguments as of `CNP`.
 
         Returns:
@@ -147,3 +180,94 @@ class TNPD(nn.Module):
         """
         tokens = self.transformer(context_x, context_y, target_x, context_mask)
         return normal(self.head(tokens).to(target_x.dtype), self.min_sigma, self.sigma)
+
+
+class TNPA(TNPD):
+    """TNP-A: targets are predicted one after the other, each given the y of those before it.
+
+    Nguyen & Grover 2022 (arXiv:2207.04179), §3.2; arguments as of `TNPD`. The likelihood of all
+    targets together takes one pass, in which every target is there twice: with its y, for those
+    after it to see, and without, to be predicted.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        context_x: Tensor,
+        context_y: Tensor,
+        target_x: Tensor,
+        context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Autoregressive:
+        """The joint distribution of the targets: batch `[tasks]`, event `[n_target, dim_y]`.
+
+        Its marginals are what is predicted of each target as if it were the first.
+        """
+
+        def alone() -> Independent:
+            return super(TNPA, self).forward(context_x, context_y, target_x, context_mask)
+
+        def given(y: Tensor) -> Independent:
+            tokens = self.transformer.one_after_another(
+                context_x, context_y, target_x, y, context_mask, target_mask
+            )
+            return normal(self.head(tokens).to(target_x.dtype), self.min_sigma, self.sigma)
+
+        like = target_x.new_zeros(*target_x.shape[:2], self.transformer.dim_y)
+        return Autoregressive(alone, given, like, target_mask)
+
+
+class TNPND(nn.Module):
+    """TNP-ND: targets are predicted together, with a full covariance.
+
+    Nguyen & Grover 2022 (arXiv:2207.04179), §3.4: means from the targets' tokens; from further
+    layers, in which targets look at each other, a vector h of `rank` numbers for each target and
+    dimension of y, and the lower triangle of `H Hᵀ` as the root of the covariance.
+
+    Args:
+        dim_x, dim_y, width, heads, hidden, depth, embedder_depth: as of `TNPD`.
+        covariance_depth: further layers.
+        projection_depth: linear layers that make h of a token.
+        rank: numbers of h.
+        min_sigma: added to the diagonal of the root, which could otherwise be 0.
+    """
+
+    def __init__(
+        self,
+        dim_x: Annotated[int, Ge(1)],
+        dim_y: Annotated[int, Ge(1)],
+        width: Annotated[int, Ge(1)] = 64,
+        heads: Annotated[int, Ge(1)] = 4,
+        hidden: Annotated[int, Ge(1)] = 128,
+        depth: Annotated[int, Ge(1)] = 6,
+        embedder_depth: Annotated[int, Ge(1)] = 4,
+        covariance_depth: Annotated[int, Ge(1)] = 2,
+        projection_depth: Annotated[int, Ge(1)] = 4,
+        rank: Annotated[int, Ge(1)] = 20,
+        min_sigma: Annotated[float, Gt(0), Le(1)] = 0.001,
+    ) -> None:
+        super().__init__()
+        self.dim_y, self.rank, self.min_sigma = dim_y, rank, min_sigma
+        self.transformer = Transformer(dim_x, dim_y, width, heads, hidden, depth, embedder_depth)
+        self.head = layers([width, hidden, dim_y])
+        self.covariance = nn.ModuleList(
+            TransformerLayer(width, heads, hidden) for _ in range(covariance_depth)
+        )
+        self.projection = layers([width, *[hidden] * (projection_depth - 1), rank * dim_y])
+
+    def forward(
+        self,
+        context_x: Tensor,
+        context_y: Tensor,
+        target_x: Tensor,
+        context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> JointNormal:
+        """The joint distribution of the targets: batch `[tasks]`, event `[n_target, dim_y]`."""
+        tokens = self.transformer(context_x, context_y, target_x, context_mask)
+        mean = self.head(tokens).to(target_x.dtype)
+        for layer in self.covariance:
+            tokens = layer(tokens, tokens, target_mask)
+        # in float64: a product of rank 20 is far from invertible in less
+        h = self.projection(tokens).double().unflatten(-1, (self.dim_y, self.rank)).flatten(1, 2)
+        root = (h @ h.mT).tril() + self.min_sigma * torch.eye(h.shape[1]).to(h)
+        return JointNormal(mean, root, target_mask)
