@@ -38,8 +38,10 @@ def attend(
     seen = None if mask is None else mask.any(dim=-1, keepdim=True)
     if mask is not None and seen is not None:
         mask = (mask | ~seen)[:, None]  # a row without any key has no softmax
-    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
-    attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)
+    query, key, value = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     attended = attended.transpose(1, 2).flatten(2)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
