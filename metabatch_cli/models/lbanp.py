@@ -65,8 +65,7 @@ class LBANP(nn.Module):
 
     Followed: the order of the attentions, learned first latents, 8 of them, layer norms before
     the attentions, and the sizes of TNP-D. Our own: a flag says that a target's y is unknown
-    (as in our TNP-D), a last norm before the head, and latents that see an empty context are
-    left as they are.
+    (as in our TNP-D), and a last norm before the head. Of an empty context, attention brings 0.
 
     Args:
         dim_x: numbers in an x.
