@@ -24,6 +24,8 @@ from torch.distributions import (
 
 from metabatch_cli.models.masking import blank
 
+Shape = Size | list[int] | tuple[int, ...]
+
 
 class Predictive(Distribution):
     """A joint distribution of all targets: batch `[tasks]`, event `[n_target, dim_y]`.
@@ -62,6 +64,11 @@ class Predictive(Distribution):
         """The distribution of `shift + scale · y`, both numbers for each dimension of y."""
         raise NotImplementedError
 
+    def _drawn(self, sample_shape: Shape) -> tuple[int, Size]:
+        """How many samples a shape asks for, and the shape of them all."""
+        shape = Size(sample_shape)
+        return shape.numel(), shape + self.batch_shape + self.event_shape
+
 
 class Paths(Predictive):
     """A mixture of equally likely predictions, in each of which targets are independent.
@@ -81,32 +88,29 @@ class Paths(Predictive):
 
     @property
     def marginals(self) -> Distribution:
-        normal: Normal = self.paths.base_dist  # type: ignore[assignment]
-        last = [part.movedim(0, 2) for part in (normal.loc, normal.scale)]
-        even = Categorical(logits=last[0].new_zeros(last[0].shape[:3]), validate_args=False)
-        parts = Independent(Normal(*last, validate_args=False), 1, validate_args=False)
+        normal: Normal = self.paths.base_dist
+        mean, sigma = normal.loc.movedim(0, 2), normal.scale.movedim(0, 2)
+        even = Categorical(logits=mean.new_zeros(mean.shape[:3]), validate_args=False)
+        parts = Independent(Normal(mean, sigma, validate_args=False), 1, validate_args=False)
         return MixtureSameFamily(even, parts, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        of_points = blank(self.paths.log_prob(value[..., None, :, :, :]), self._of_paths)
-        return log_mean_exp(of_points.sum(dim=-1), dim=-2)
+        of_points = self.paths.log_prob(value[..., None, :, :, :])
+        return log_mean_exp(_summed(of_points, self.mask), dim=-2)
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's signature)
-        count = sample_shape.numel()
-        normal: Normal = self.paths.base_dist  # type: ignore[assignment]
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """`[*sample_shape, tasks, n_target, dim_y]`; which path it is bears no gradient."""
+        count, shape = self._drawn(sample_shape)
+        normal: Normal = self.paths.base_dist
         n_paths, n_tasks = normal.loc.shape[:2]
         chosen = torch.randint(n_paths, (count, n_tasks), device=normal.loc.device)
         tasks = torch.arange(n_tasks, device=normal.loc.device)
         mean, sigma = normal.loc[chosen, tasks], normal.scale[chosen, tasks]
         drawn = mean + sigma * torch.randn_like(mean)
-        return drawn.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+        return drawn.reshape(shape)
 
     def scaled(self, shift: Tensor, scale: Tensor) -> Paths:
         return Paths(scaled_normal(self.paths, shift, scale), self.mask)
-
-    @property
-    def _of_paths(self) -> Tensor | None:
-        return None if self.mask is None else self.mask.expand(self.paths.batch_shape)
 
 
 class JointNormal(Predictive):
@@ -120,7 +124,8 @@ class JointNormal(Predictive):
     """
 
     def __init__(self, mean: Tensor, scale_tril: Tensor, mask: Tensor | None = None) -> None:
-        super().__init__(*mean.shape, mask)  # type: ignore[arg-type]
+        n_tasks, n_target, dim_y = mean.shape
+        super().__init__(n_tasks, n_target, dim_y, mask)
         self.joint = MultivariateNormal(
             mean.flatten(1).double(), scale_tril=scale_tril.double(), validate_args=False
         )
@@ -155,9 +160,83 @@ class JointNormal(Predictive):
         root = self.joint.scale_tril * rows[:, None]
         return JointNormal(mean.to(self.dtype), root, self.mask)
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's signature)
-        drawn = self.joint.rsample(sample_shape).to(self.dtype)
-        return drawn.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """`[*sample_shape, tasks, n_target, dim_y]`."""
+        _, shape = self._drawn(sample_shape)
+        return self.joint.rsample(Size(sample_shape)).to(self.dtype).reshape(shape)
+
+
+class LowRankNormal(Predictive):
+    """A normal distribution of all targets whose covariance is `F·Fᵀ + diag(σ²)`.
+
+    With n numbers (`n_target · dim_y`) and r columns of F, a density costs n·r² where a full
+    covariance costs n³: determinant and inverse are those of an r × r matrix (Woodbury's
+    identity). Computed in float64.
+
+    Args:
+        mean: `[tasks, n_target, dim_y]`.
+        factor: F, `[tasks, n_target, dim_y, rank]`.
+        sigma: the standard deviation of each number's own noise, `[tasks, n_target, dim_y]`,
+            more than 0.
+        mask: as of `Predictive`.
+    """
+
+    def __init__(
+        self, mean: Tensor, factor: Tensor, sigma: Tensor, mask: Tensor | None = None
+    ) -> None:
+        n_tasks, n_target, dim_y = mean.shape
+        super().__init__(n_tasks, n_target, dim_y, mask)
+        self.loc, self.factor, self.sigma = mean.double(), factor.double(), sigma.double()
+        self.dtype = mean.dtype
+
+    @property
+    def marginals(self) -> Distribution:
+        mean, variance = self.loc.to(self.dtype), self.sigma.square()
+        if self.event_shape[1] == 1:
+            sigma = (self.factor.square().sum(dim=-1) + variance).sqrt().to(self.dtype)
+            return Independent(Normal(mean, sigma, validate_args=False), 1, validate_args=False)
+        covariance = self.factor @ self.factor.mT + torch.diag_embed(variance)
+        root = torch.linalg.cholesky(covariance).to(self.dtype)
+        return MultivariateNormal(mean, scale_tril=root, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # what is padding: noise of deviation 1 that is 0 and belongs to nothing else
+        sigma = self.sigma
+        if self.mask is not None:
+            sigma = sigma.masked_fill(~self.mask[..., None], 1)
+        off = (value.double() - self.loc) / sigma
+        if self.mask is not None:
+            off = off.masked_fill(~self.mask[..., None], 0)
+        whitened = blank(self.factor / sigma[..., None], self.mask).flatten(1, 2)
+        off = off.flatten(-2)  # [..., tasks, n]
+        inner = torch.eye(whitened.shape[-1]).to(whitened) + whitened.mT @ whitened
+        root = torch.linalg.cholesky(inner)
+        explained = torch.linalg.solve_triangular(
+            root, (off[..., None, :] @ whitened).mT, upper=False
+        )
+        distance = off.square().sum(dim=-1) - explained.square().sum(dim=(-2, -1))
+        volume = sigma.log().sum(dim=(1, 2)) + root.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        n = off.shape[-1] if self.mask is None else self.mask.sum(dim=1) * self.event_shape[1]
+        return (-0.5 * (distance + n * math.log(2 * math.pi)) - volume).to(self.dtype)
+
+    def scaled(self, shift: Tensor, scale: Tensor) -> LowRankNormal:
+        scale = scale.to(self.loc)
+        moved = LowRankNormal(
+            self.loc * scale + shift,
+            self.factor * scale[..., None],
+            self.sigma * scale.abs(),
+            self.mask,
+        )
+        moved.dtype = self.dtype
+        return moved
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """`[*sample_shape, tasks, n_target, dim_y]`."""
+        count, shape = self._drawn(sample_shape)
+        common = self.loc.new_empty(count, shape[-3], self.factor.shape[-1]).normal_()
+        own = self.loc.new_empty(count, *self.loc.shape).normal_()
+        drawn = self.loc + (self.factor @ common[:, :, None, :, None])[..., 0] + self.sigma * own
+        return drawn.to(self.dtype).reshape(shape)
 
 
 class Autoregressive(Predictive):
@@ -168,6 +247,7 @@ class Autoregressive(Predictive):
             event `[dim_y]`.
         given: from the y of all targets, `[tasks, n_target, dim_y]`, to what is predicted of each
             given the y of those before it; of the same shapes.
+        like: any `[tasks, n_target, dim_y]`, of the type and place of a sample.
         mask: as of `Predictive`.
     """
 
@@ -178,7 +258,8 @@ class Autoregressive(Predictive):
         like: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        super().__init__(*like.shape, mask)  # type: ignore[arg-type]
+        n_tasks, n_target, dim_y = like.shape
+        super().__init__(n_tasks, n_target, dim_y, mask)
         self.alone, self.given, self.like = alone, given, like
 
     @property
@@ -186,7 +267,7 @@ class Autoregressive(Predictive):
         return self.alone()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return blank(self.given(value).log_prob(value), self.mask).sum(dim=-1)
+        return _summed(self.given(value).log_prob(value), self.mask)
 
     def scaled(self, shift: Tensor, scale: Tensor) -> Autoregressive:
         return Autoregressive(
@@ -197,15 +278,16 @@ class Autoregressive(Predictive):
         )
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         """As many passes as there are targets, for each sample."""
+        count, shape = self._drawn(sample_shape)
         drawn = []
-        for _ in range(sample_shape.numel()):
+        for _ in range(count):
             y = torch.zeros_like(self.like)
             for target in range(y.shape[1]):
                 y[:, target] = self.given(y).sample()[:, target]
             drawn.append(y)
-        return torch.stack(drawn).reshape(*sample_shape, *self.like.shape)
+        return torch.stack(drawn).reshape(shape)
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:
@@ -236,3 +318,10 @@ def joint_log_prob(prediction: Distribution, y: Tensor, mask: Tensor | None = No
     if isinstance(prediction, Predictive):
         return prediction.log_prob(y)
     return blank(prediction.log_prob(y), mask).sum(dim=1)
+
+
+def _summed(of_points: Tensor, mask: Tensor | None) -> Tensor:
+    """`[…, tasks, n_target]` → `[…, tasks]` over real targets."""
+    if mask is not None:
+        of_points = of_points.masked_fill(~mask, 0)
+    return of_points.sum(dim=-1)
