@@ -11,6 +11,7 @@ from metabatch_cli.config.compose import config_dir
 
 GROUPS = (
     "experiment",
+    "setup",
     "taskset",
     "model",
     "learner",
@@ -23,6 +24,8 @@ GROUPS = (
     "launcher",
     "debug",
 )
+
+ADDED = {"experiment", "setup"}  # nothing of these is chosen unless +GROUP=NAME says so
 
 SECTIONS = {"loader": "LoaderConfig", "trainer": "TrainerConfig", "evaluation": "EvaluationConfig"}
 
@@ -52,7 +55,7 @@ def main(words: list[str]) -> None:
             )
         groups = [options.group]
     for group in groups:
-        print(f"{group}  ({'+' if group == 'experiment' else ''}{group}=NAME)")
+        print(f"{group}  ({'+' if group in ADDED else ''}{group}=NAME)")
         entries = {name: text for folder in folders for name, text in describe(folder / group)}
         width = max(map(len, entries), default=0)
         for name, text in sorted(entries.items()):

@@ -41,28 +41,23 @@ class RotaryLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(
-        self,
-        tokens: Tensor,
-        turn: tuple[Tensor, Tensor],
-        n_context: int,
-        mask: Tensor | None,
-        first: int = 0,
+        self, tokens: Tensor, turn: Tensor, n_context: int, mask: Tensor | None, first: int = 0
     ) -> Tensor:
         """Tokens `[tasks, n, width]`, the context's before the targets', → those from `first` on.
 
         Args:
-            turn: cosine and sine `[tasks, n, width / 2]` of the angles of each token's pairs.
+            turn: complex numbers of modulus 1, `[tasks, n, width / 2]`: the turns of each token's
+                pairs.
             n_context: how many of the tokens are looked at.
             mask: bool `[tasks, n_context]`, True where one of these is real; None if all are.
             first: the tokens before it are not asked for.
         """
         normed = self.norm1(tokens)
         key, value = self.of_context(normed[:, :n_context]).chunk(2, dim=-1)
-        seen = tuple(part[:, :n_context] for part in turn)
-        own = tuple(part[:, first:] for part in turn)
-        query = _turned(self.of_query(normed[:, first:]), *own)
-        attended = attend(query, _turned(key, *seen), _turned(value, *seen), self.heads, mask)
-        tokens = tokens[:, first:] + self.out(_turned(attended, own[0], -own[1]))
+        seen, own = turn[:, :n_context], turn[:, first:]
+        query = _turned(self.of_query(normed[:, first:]), own)
+        attended = attend(query, _turned(key, seen), _turned(value, seen), self.heads, mask)
+        tokens = tokens[:, first:] + self.out(_turned(attended, own.conj()))
         return tokens + self.feed(self.norm2(tokens))
 
 
@@ -70,22 +65,23 @@ class RTNP(nn.Module):
     """A transformer neural process that is equivariant to translation, for stationary processes.
 
     As `TNPD`, but a token says nothing of where it lies: it is made of y and of whether y is
-    known, and x enters by the rotations of `RotaryLayer` alone. Frequencies are learned, from a
-    geometric sequence of wavelengths on. This network is ours; translation-equivariant
-    transformers for neural processes, by functions of differences, are in Ashman et al. 2024
-    (arXiv:2406.12409).
+    known, and x enters by the rotations of `RotaryLayer` alone, of wavelengths in a geometric
+    sequence. This network is ours; translation-equivariant transformers for neural processes, by
+    learned functions of differences, are in Ashman et al. 2024 (arXiv:2406.12409).
 
     Args:
-        dim_x: numbers in an x; each pair turns by a frequency for each of them.
+        dim_x: numbers in an x; each pair turns along a direction of its own.
         dim_y: numbers in a y.
         width: of a token.
         heads: of the attention.
         hidden: units of the feed-forward parts, and of the head.
         depth: layers.
         embedder_depth: linear layers that make a token of y.
-        wavelengths: the shortest and the longest to begin with, in units of x.
+        wavelengths: the shortest and the longest, in units of x.
         min_sigma, sigma: as for `CNP`.
     """
+
+    frequencies: Tensor
 
     def __init__(
         self,
@@ -104,19 +100,20 @@ class RTNP(nn.Module):
         if width % heads or (width // heads) % 2:
             raise ValueError(f"heads={heads} must cut width={width} into parts of an even size")
         if not 0 < wavelengths[0] <= wavelengths[1]:
-            raise ValueError(f"wavelengths={list(wavelengths)} must be [shortest, longest], above 0")
+            raise ValueError(
+                f"wavelengths={list(wavelengths)} must be [shortest, longest], above 0"
+            )
         self.dim_y, self.min_sigma, self.sigma = dim_y, min_sigma, sigma
         self.embedder = layers([dim_y + 1, *[width] * embedder_depth], "gelu")
         self.layers = nn.ModuleList(RotaryLayer(width, heads, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = layers([width, hidden, 2 * dim_y], "gelu")
-        # every head has all wavelengths
-        each = width // heads // 2
-        steps = torch.arange(each) / max(each - 1, 1)
+        # every head has long and short ones, and no two of all pairs the same
+        pairs = torch.arange(width // 2).reshape(-1, heads).mT.flatten() / max(width // 2 - 1, 1)
         shortest, longest = wavelengths
-        of_head = 2 * math.pi / (shortest * (longest / shortest) ** steps)
-        direction = F.normalize(torch.randn(heads, each, dim_x), dim=-1)
-        self.frequencies = nn.Parameter((of_head[None, :, None] * direction).flatten(0, 1))
+        frequencies = 2 * math.pi / (shortest * (longest / shortest) ** pairs)
+        direction = F.normalize(torch.randn(width // 2, dim_x), dim=-1)
+        self.register_buffer("frequencies", frequencies[:, None] * direction)
 
     def forward(
         self,
@@ -139,15 +136,14 @@ class RTNP(nn.Module):
         x = torch.cat([context_x, target_x], dim=1)
         # no matrix product: angles need all their bits, whatever the rest is computed in
         angles = (x[:, :, None, :] * self.frequencies).sum(dim=-1)
-        turn = angles.cos(), angles.sin()
+        turn = torch.polar(torch.ones_like(angles), angles)
         for layer in self.layers[:-1]:
             tokens = layer(tokens, turn, n_context, context_mask)
         tokens = self.layers[-1](tokens, turn, n_context, context_mask, first=n_context)
         return normal(self.head(self.norm(tokens)).to(target_x.dtype), self.min_sigma, self.sigma)
 
 
-def _turned(pairs: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Each pair (number i of the first half, number i of the second half of a head) turned."""
-    one, other = pairs[..., 0::2], pairs[..., 1::2]
-    turned = torch.stack([one * cosine - other * sine, one * sine + other * cosine], dim=-1)
-    return turned.flatten(-2)
+def _turned(tokens: Tensor, turn: Tensor) -> Tensor:
+    """Each pair of neighbouring numbers of `tokens [tasks, n, width]` turned in its plane."""
+    pairs = tokens.to(turn.real.dtype).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)

@@ -16,6 +16,7 @@ import yaml
 import metabatch_cli
 from metabatch_cli.app import COMMANDS
 from metabatch_cli.commands.hydra_app import sorted_out
+from metabatch_cli.config.compose import config_dir
 from metabatch_cli.engine.run_directory import RunDirectory
 from tests.cli.program import SCRIPT, TINY, metabatch, only_message
 
@@ -219,6 +220,8 @@ def test_with_debug_a_mistake_shows_its_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
+MODELS = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
+
 # --- completion ------------------------------------------------------------------------------
 
 
@@ -227,8 +230,8 @@ def test_with_debug_a_mistake_shows_its_traceback(tmp_path):
     [
         ("metabatch tr", {"train"}),
         ("metabatch ", set(COMMANDS)),
-        ("metabatch train model=", {"model=cnp", "model=conv4", "model=mlp"}),
-        ("metabatch train model=c", {"model=cnp", "model=conv4"}),
+        ("metabatch train model=", {f"model={name}" for name in MODELS}),
+        ("metabatch train model=co", {"model=conv4", "model=convcnp", "model=convcnp_image"}),
         ("metabatch train optim", {"optimizer=", "optimizer."}),
         ("metabatch train +experiment=cnp_s", {"+experiment=cnp_sine"}),
         ("metabatch check model=ml", {"model=mlp"}),

@@ -25,7 +25,7 @@ FILES = [
     for group in GROUPS
     for file in sorted((config_dir() / group).rglob("*.yaml"))
 ]
-ADDED = {"experiment", "debug"}  # groups that nothing is chosen from by default
+ADDED = {"experiment", "setup", "debug"}  # groups that nothing is chosen from by default
 
 
 def mistake(*overrides: str, **changed: Any) -> str:
@@ -64,6 +64,11 @@ def test_every_experiment_passes_also_while_debugging(experiment, debug):
     check(config)
     if debug is not None:
         assert config["trainer"]["max_steps"] <= 500
+
+
+@pytest.mark.parametrize("setup", [name for group, name in FILES if group == "setup"])
+def test_every_setup_takes_a_model(setup):
+    assert checked(f"+setup={setup}", "model=cnp").trainer.max_steps >= 1
 
 
 def test_every_shipped_file_opens_with_a_line_that_says_what_it_is():
