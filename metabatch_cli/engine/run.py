@@ -139,10 +139,13 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         seconds=trainer.elapsed,
         error=None,
         metrics=evaluation.metrics,
+        calibration=evaluation.calibration,
         digests=evaluation.digests,
         monitor={"metric": f"val/{trainer.metric.name}", "best": trainer.best},
     )
     trainer.reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)
+    for warning in evaluation.warnings:
+        trainer.reporter.say(f"warning: {warning}")
     trainer.reporter.say(f"completed, {clock(trainer.seconds)} of training: {run.path}")
     return result
 
