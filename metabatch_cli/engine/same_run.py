@@ -64,7 +64,7 @@ def refuse_other_configuration(
 @functools.cache
 def defaults() -> dict[str, Any]:
     """The default of each key of the sections that the schema describes, by its dotted name."""
-    sections = {
+    sections: dict[str, Any] = {
         "loader": LoaderConfig(),
         "trainer": TrainerConfig(),
         "evaluation": EvaluationConfig(),

@@ -123,7 +123,8 @@ class OneByOne(Predictive):
         order: Tensor | None = None,
         most_points: int = MOST_POINTS,
     ) -> None:
-        super().__init__(*target_x.shape[:2], context_y.shape[2], target_mask)
+        n_tasks, n_target = target_x.shape[:2]
+        super().__init__(n_tasks, n_target, context_y.shape[2], target_mask)
         self.predict = predict
         self.context_x, self.context_y, self.target_x = context_x, context_y, target_x
         self.context_mask = context_mask
@@ -191,9 +192,10 @@ class OneByOne(Predictive):
         return marginals(prediction).log_prob(wanted).view(len(x), number)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws `[…, tasks, n_target, dim_y]`: a pass for each target, many samples at once."""
-        count, shape = Size(sample_shape).numel(), Size(sample_shape)
+        shape = Size(sample_shape)
+        count = shape.numel()
         longest = self.context_x.shape[1] + self.target_x.shape[1]
         at_once = max(1, self.most_points // (longest * len(self.target_x)))
         drawn = [self._draw(min(at_once, count - start)) for start in range(0, count, at_once)]

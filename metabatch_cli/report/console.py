@@ -148,7 +148,7 @@ class Reporter:
             table.add_column(name.replace("_", " "), justify="right", max_width=BASELINE_WIDTH)
         facts = {name: _facts(name, entry) for name, entry in metrics.items()}
         if any(facts.values()):
-            table.add_column("", no_wrap=True)
+            table.add_column("", overflow="fold")  # the only one that may go over two lines
         for name, entry in metrics.items():
             cells = [number(entry["mean"]), number(entry["ci95"]), f"{entry['tasks']:,}"]
             if with_oracle:

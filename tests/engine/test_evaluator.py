@@ -11,8 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from metabatch_cli.batching import TaskLoader, digest
+from metabatch_cli.config.check import check
+from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.engine import random_states
 from metabatch_cli.engine.evaluator import (
@@ -24,6 +27,7 @@ from metabatch_cli.engine.evaluator import (
     qualified,
     summarise,
 )
+from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.learners.autoregressive import AUTOREGRESSIVE, AutoregressiveDeployment
 from metabatch_cli.learners.learner import Metric
@@ -33,8 +37,7 @@ from metabatch_cli.models.cnp import CNP
 from tasksets.functions import Functions, Sine
 from tasksets.gp import GaussianProcess
 from tasksets.kernels import RBF
-from tests.engine.examples import Groups, Noisy, WithOracle, differences, parts
-from tests.engine.examples import learner as learner_of
+from tests.engine.examples import Groups, Noisy, WithOracle, differences, parts, settings
 from tests.learners.test_autoregressive import NOISE, ExactGP
 
 PRECISION = Precision(32, torch.device("cpu"))
@@ -510,6 +513,8 @@ def test_the_test_may_predict_one_target_after_the_other():
 
 
 def test_a_learner_that_cannot_predict_so_is_refused_before_training():
-    declared = parts(*learner_of("Scripted"), "evaluation.predict=autoregressive")
+    config = settings("evaluation.predict=autoregressive").copy()
+    config.learner = OmegaConf.create({"_target_": "tests.engine.examples.Scripted"})
+    declared = Parts(check(resolve(config)))
     with pytest.raises(ConfigError, match=r"evaluation\.predict.*Scripted cannot"):
         declared.build()
