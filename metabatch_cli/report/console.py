@@ -29,7 +29,7 @@ def make_console() -> Console:
     """Standard output; where it is no terminal, lines are as long as they are."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
+        console = Console(highlight=False, width=max(console.width, 160))
     return console
 
 
