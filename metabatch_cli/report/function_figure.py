@@ -175,10 +175,14 @@ def _samples(scene: Scene, context: tuple[Tensor, Tensor], grid: Tensor) -> list
     """
     if not scene.shows_spread:
         return []
-    prediction = scene.learner.predict(*context, grid[:, ::_SAMPLED_EVERY])
+    at = grid[:, ::_SAMPLED_EVERY]
+    # from left to right, each point would lie beyond all others, and their errors add up
+    order = torch.randperm(at.shape[1])
+    prediction = scene.learner.predict(*context, at[:, order.to(at.device)])
     if not isinstance(prediction, Predictive):
         return []
-    return [numbers(sample[..., 0]) for sample in prediction.sample(torch.Size([_SAMPLES]))]
+    drawn = numbers(prediction.sample(torch.Size([_SAMPLES]))[..., 0])
+    return list(drawn[..., order.argsort().numpy()])
 
 
 def _scores(learner: Learner, tasks: Task) -> list[float] | None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from metabatch_cli.batching import TaskLoader, digest
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
+from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.engine import random_states
 from metabatch_cli.engine.evaluator import (
@@ -518,3 +519,21 @@ def test_a_learner_that_cannot_predict_so_is_refused_before_training():
     declared = Parts(check(resolve(config)))
     with pytest.raises(ConfigError, match=r"evaluation\.predict.*Scripted cannot"):
         declared.build()
+
+
+def test_the_ranges_are_among_the_contexts_elsewhere_and_beyond_them():
+    words = ("taskset=gp", "model=cnp", "learner=neural_process", "evaluation=ranges")
+    loaders = Parts(check(resolve(compose(*words)))).evaluation_loaders("test")
+    found = {}
+    for name, tasks in loaders.items():
+        batch = tasks.batch_at(0)
+        found[name] = [
+            (round(x.min().item()), round(x.max().item()))
+            for x in (batch.context_x, batch.target_x)
+        ]
+    near, far = (-2, 2), (2, 6)
+    assert found == {
+        "range=interpolation": [near, near],
+        "range=shifted": [far, far],
+        "range=extrapolation": [near, far],
+    }

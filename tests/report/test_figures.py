@@ -275,6 +275,23 @@ def test_a_model_deployed_autoregressively_is_drawn_with_functions_too(shown, tm
     assert "samples" in legend(shown[0])
 
 
+def test_functions_are_drawn_in_any_order_and_shown_from_left_to_right(shown, tmp_path):
+    class Straight(Guess):
+        def predict(self, context_x, context_y, target_x):
+            seen.append(target_x)
+            return Paths(Independent(Normal(3 * target_x[None], 1e-6), 1))
+
+    seen = []
+    draw_predictions(Straight(), sines(), tmp_path / "p.png")
+    assert any((x.diff(dim=1) < 0).any() for x in seen)
+    for panel in shown[0].axes:
+        for line in panel.lines:
+            if line.get_linewidth() == 0.6:
+                x, y = line.get_xydata().T
+                np.testing.assert_allclose(y, 3 * x, atol=1e-4)
+                assert (np.diff(x) > 0).all()
+
+
 def test_the_exact_posterior_of_observations_stands_beside_the_prediction(shown, tmp_path):
     dataset = RBF(lengthscale=[0.5, 0.5], amplitude=[1.0, 1.0])
     gp = GaussianProcess(dataset, 3, 20, None, 25, sizes="rest", noise=0.3)
