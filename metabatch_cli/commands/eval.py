@@ -140,6 +140,7 @@ def _added_where_new(word: str, saved: dict[str, Any]) -> str:
     key = word.partition("=")[0]
     section, _, name = key.partition(".")
     known = saved.get("evaluation") or {}
+    name = name.partition(".")[0]
     return f"++{word}" if section == "evaluation" and name and name not in known else word
 
 

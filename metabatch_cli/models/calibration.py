@@ -58,8 +58,8 @@ def calibration(
         return None
     inside = (2 * below - 1).abs()[..., None] <= levels.to(below)
     empty = float("nan")
-    coverage = masked_mean(inside.double().mean(dim=2), mask, empty=empty)
-    variance = masked_mean(alone.variance.double().mean(dim=2), mask, empty=empty)
+    coverage = masked_mean(inside.to(below.dtype).mean(dim=2), mask, empty=empty)
+    variance = masked_mean(alone.variance.mean(dim=2), mask, empty=empty)
     return Calibration(coverage, variance)
 
 

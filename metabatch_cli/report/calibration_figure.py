@@ -43,11 +43,8 @@ def draw_calibration(
             levels, coverage = ([0.0, *curve[part], 1.0] for part in ("levels", "coverage"))
             label = name.partition("@")[2].replace(",", ", ") or "prediction"
             panel.plot(levels, coverage, color=colour, lw=1.6, label=label)
-        for place, words, how in (
-            ((0.04, 0.96), "intervals too wide", {"ha": "left", "va": "top"}),
-            ((0.96, 0.04), "intervals too narrow", {"ha": "right", "va": "bottom"}),
-        ):
-            panel.text(*place, words, color=GREY, fontsize=8, **how)
+        panel.text(0.04, 0.96, "intervals too wide", color=GREY, fontsize=8, va="top")
+        panel.text(0.96, 0.04, "intervals too narrow", color=GREY, fontsize=8, ha="right")
         panel.set(
             title="Calibration", xlim=(0, 1), ylim=(0, 1), aspect="equal",
             xlabel="probability that a central interval claims",
