@@ -198,6 +198,17 @@ class TaskSet(Dataset):
         """The noise-free y `[tasks, points, dim_y]` at x `[tasks, points, dim_x]`, if known."""
         return None
 
+    def posterior(self, tasks: Task, x: Tensor, noisy: bool = True) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation `[tasks, points, dim_y]` of y at x, given the contexts, if known.
+
+        It is the best possible prediction, which figures show beside the learner's.
+
+        Args:
+            x: `[tasks, points, dim_x]`.
+            noisy: whether y is what is observed (as a learner predicts it) or the function.
+        """
+        return None
+
 
 def makes_whole_batches(taskset: TaskSet) -> bool:
     """Whether a task set implements `__gettasks__` (preferred) rather than `__gettask__`.

@@ -17,6 +17,7 @@ usage: metabatch eval run=DIR [KEY=VALUE ...]
   run=DIR                      the run's directory; its own configuration is the basis
   evaluation.tasks=10000       how many test tasks
   taskset.max_ctx_pts=5        other test tasks: any key of the task set
+  evaluation.predict=autoregressive   one target after the other, each given those before it
   trainer.test_on=last         the last weights instead of the best ones
   -m taskset.max_ctx_pts=1,5   a table for each value
   --cfg job                    the configuration, without scoring
@@ -55,6 +56,7 @@ def main(words: list[str]) -> None:
         "hydra/job_logging=none",
         f"+run={_quoted(run.path)}",
     ]
+    rest = [_added_where_new(word, run.read_config()) for word in rest]
     launch("config", __name__, "metabatch eval", config_path=run.path, words=[*rest, *settings])
 
 
@@ -62,7 +64,8 @@ def job(config: DictConfig) -> dict[str, Any]:
     """Score the run; print a table and write it as JSON."""
     from hydra.core.hydra_config import HydraConfig
 
-    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("+run=")]
+    typed = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+    overrides = [word for word in typed if not word.startswith("+run=")]
     return evaluate_run(config, overrides)
 
 
@@ -74,7 +77,8 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         overrides: as typed.
 
     Returns:
-        What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `digests`.
+        What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `calibration`,
+        `digests`.
     """
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
@@ -98,12 +102,15 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     evaluation = run.score()
     reporter = Reporter()
     reporter.result(f"test, weights of step {run.step:,}", evaluation.metrics)
+    for warning in evaluation.warnings:
+        reporter.say(f"warning: {warning}")
     written = {
         "run": str(run.directory.path),
         "step": run.step,
         "weights": plain["trainer"]["test_on"],
         "overrides": overrides,
         "metrics": evaluation.metrics,
+        "calibration": evaluation.calibration,
         "digests": evaluation.digests,
     }
     file = run.directory.evaluations / f"{_file_name(overrides)}.json"
@@ -123,6 +130,18 @@ def complete(words: list[str]) -> list[str]:
     parent = begun if last.endswith("/") or last == "run=" else begun.parent
     folders = sorted(entry for entry in parent.glob("*") if entry.is_dir())
     return [f"run={folder}{os.sep}" for folder in folders if f"run={folder}".startswith(last)]
+
+
+def _added_where_new(word: str, saved: dict[str, Any]) -> str:
+    """An override of `evaluation` that a run does not know, being older than the key, is added.
+
+    Whether there is such a key is checked later, with a better message than Hydra's.
+    """
+    key = word.partition("=")[0]
+    section, _, name = key.partition(".")
+    known = saved.get("evaluation") or {}
+    name = name.partition(".")[0]
+    return f"++{word}" if section == "evaluation" and name and name not in known else word
 
 
 def _below(taskset: dict[str, Any], keys: list[str]) -> dict[str, Any]:

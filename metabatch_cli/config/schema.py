@@ -155,8 +155,15 @@ class EvaluationConfig:
     seed: int = 0
     """Chooses the validation and test tasks; the training seed does not."""
 
+    predict: Literal["once", "autoregressive"] = "once"
+    """How test tasks are predicted: as the learner does; or one target after the other, each given
+    the ones before it, by a conditional model."""
+
+    order: Literal["given", "random"] = "given"
+    """The targets' order where predict is autoregressive: theirs, or one that the seed draws."""
+
     figures: bool = True
-    """Whether to draw predictions and learning curves at the end."""
+    """Whether to draw predictions, calibration and learning curves at the end."""
 
     val: dict[str, Any] | None = None
     """Keys of the task set that differ for validation; or several such sets, named key=value."""

@@ -16,6 +16,7 @@ from metabatch_cli.batching.task import digest, slice_tasks
 from metabatch_cli.engine import random_states
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.learners.learner import Learner, Metric
+from metabatch_cli.models.calibration import LEVELS
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 
@@ -29,11 +30,19 @@ class Evaluation:
             for a single task), `tasks`, `oracle` where the best possible score is known, and
             `baselines`, the mean of each simple prediction by its name, where the task set has
             some that are scored by the metric. (`mse@steps=1` has the baselines of `mse`.)
+            `over_points` holds `mean`, `ci95`, `points` and `oracle` with every target point
+            counting alike (see `over_points`). What the learner says about a metric, such as
+            the `scoring` of a log-likelihood, stands beside.
         digests: SHA-256 of the tasks of each set, by `SPLIT[@QUALIFIERS]`.
+        calibration: by the same names, `levels` of central intervals and their `coverage`, the
+            fraction of all target points in them.
+        warnings: for a person: scores that cannot be.
     """
 
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def find(self, split: str, metric: str) -> float | None:
         """The mean of a metric: under its exact name, else over all named sets that have it."""
@@ -56,6 +65,7 @@ def evaluate(
     *,
     split: str,
     n_tasks: int,
+    calibrated: bool = False,
 ) -> Evaluation:
     """Score a learner on the first `n_tasks` tasks of every set (all of a smaller finite one).
 
@@ -65,6 +75,8 @@ def evaluate(
         loaders: by the qualifiers of each set, such as `shots=5`; "" for none.
         precision: of the learner.
         split: what the metrics' names begin with.
+        calibrated: whether to measure, with a second prediction, `calibration_error` and
+            `sharpness` too, where the learner predicts a spread.
 
     Returns:
         Means and intervals over tasks; the learner is left in the mode that it was in, and the
@@ -76,11 +88,18 @@ def evaluate(
     try:
         for qualifiers, loader in loaders.items():
             with random_states.preserved(loader.seed):  # of learners that draw when they score
-                scores, tasks_digest = _score(learner, loader, n_tasks, precision)
+                scores, tasks_digest = _score(learner, loader, n_tasks, precision, calibrated)
             for name, values in scores.own.items():
-                entry = summarise(values)
-                if name in scores.oracle:
-                    entry["oracle"] = scores.oracle[name].mean().item()
+                full = f"{split}/{qualified(name, qualifiers)}"
+                entry = summarise(values) | learner.about(name)
+                entry["over_points"] = over_points(values, scores.points, _power(name))
+                best = scores.oracle.get(_what_is_measured(name))
+                if best is not None:
+                    entry["oracle"] = best.mean().item()
+                    pooled = over_points(best, scores.points, _power(name))
+                    entry["over_points"]["oracle"] = pooled["mean"]
+                    if is_beaten(best, values, monitored(learner.metric, name)):
+                        evaluation.warnings.append(_impossible(full, entry))
                 base = name.partition("@")[0]
                 baselines = {
                     baseline: found[base].mean().item()
@@ -89,7 +108,9 @@ def evaluate(
                 }
                 if baselines:
                     entry["baselines"] = baselines
-                evaluation.metrics[f"{split}/{qualified(name, qualifiers)}"] = entry
+                evaluation.metrics[full] = entry
+            if scores.coverage is not None:
+                _calibrate(evaluation, split, qualifiers, scores)
             evaluation.digests[qualified(split, qualifiers)] = tasks_digest
     finally:
         learner.train(was_training)
@@ -103,6 +124,51 @@ def summarise(values: Tensor) -> dict[str, Any]:
     return {"mean": values.mean().item(), "ci95": ci95, "tasks": count}
 
 
+def over_points(values: Tensor, points: Tensor, power: int = 1) -> dict[str, Any]:
+    """Mean and 95% interval with every target point counting alike, instead of every task.
+
+    The mean is `m = Σ w v / Σ w` over tasks of w points and score v, itself a mean over them; its
+    standard error that of a ratio, `√(n/(n−1) · Σ w² (v − m)²) / Σ w` (Cochran 1977, Sampling
+    Techniques, §2.11). Of a root (`power=2`) it is the root of the mean of squares, of all
+    points' squared errors for `rmse`, and the interval comes by the delta method.
+
+    Args:
+        values: `[tasks]`.
+        points: targets of each, `[tasks]`.
+        power: of the values that is averaged.
+
+    Returns:
+        `mean`; `ci95`, a half-width, None for a single task; `points`, the targets of all tasks.
+    """
+    count, total = len(values), points.sum()
+    raised = values**power
+    mean = (points * raised).sum() / total
+    ci95 = None
+    if count > 1:
+        squares = (points * (raised - mean)).square().sum() * count / (count - 1)
+        slope = 1 / (power * mean ** (1 - 1 / power)) if mean != 0 or power == 1 else 0.0
+        ci95 = float(Z95 * squares.sqrt() / total * slope)
+    return {"mean": float(mean ** (1 / power)), "ci95": ci95, "points": int(total)}
+
+
+def is_beaten(oracle: Tensor, own: Tensor, metric: Metric) -> bool:
+    """Whether a score is better than the best possible one, by more than chance explains.
+
+    That is more than three standard errors of the mean of the tasks' differences (and of a ten
+    thousandth of the score, for rounding): then targets leak into the prediction, or the oracle
+    is wrong.
+
+    Args:
+        oracle, own: `[tasks]`, of the same tasks.
+        metric: says which end of the score is its best.
+    """
+    gain = own - oracle if metric.higher_is_better else oracle - own
+    if len(gain) < 2:
+        return False
+    error = gain.std() / math.sqrt(len(gain))
+    return bool(gain.mean() > 3 * error + 1e-4 * oracle.abs().mean())
+
+
 def qualified(name: str, qualifiers: str) -> str:
     """`mse@steps=1` of the set `shots=10` as `mse@shots=10,steps=1`."""
     base, _, own = name.partition("@")
@@ -112,20 +178,29 @@ def qualified(name: str, qualifiers: str) -> str:
 
 @dataclass
 class _Scores:
-    """By metric, `[tasks]` each on the CPU: the learner's, the oracle's, each baseline's."""
+    """By metric, `[tasks]` each on the CPU: the learner's, the oracle's, each baseline's.
+
+    And of each task its `points`, targets; the `coverage [tasks, levels]` of central intervals
+    and the predicted `variance`, where they are asked for and known.
+    """
 
     own: dict[str, Tensor] = field(default_factory=dict)
     oracle: dict[str, Tensor] = field(default_factory=dict)
     baselines: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    points: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    coverage: Tensor | None = None
+    variance: Tensor | None = None
 
 
 @torch.no_grad()
 def _score(
-    learner: Learner, loader: TaskLoader, n_tasks: int, precision: Precision
+    learner: Learner, loader: TaskLoader, n_tasks: int, precision: Precision, calibrated: bool
 ) -> tuple[_Scores, str]:
     """The scores of the tasks, and their digest."""
     scores = _Scores()
     sha = hashlib.sha256()
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    points, found_calibrations = [], []
     total = loader.plan.n_tasks
     wanted = n_tasks if total is None else min(n_tasks, total)
     for step in range(math.ceil(wanted / loader.batch_size)):
@@ -137,7 +212,14 @@ def _score(
         judged = slice(None) if mask is None else mask.any(dim=1).cpu()
         with precision.autocast():
             own = learner.score(tasks)
+            with random_states.preserved():  # the scores are the same without it
+                calibration = learner.calibration(tasks, levels) if calibrated else None
         best = loader.dataset.oracle(tasks) or {}  # type: ignore[arg-type] # a ragged set takes it
+        number = tasks.target_x.shape[1]
+        counts = torch.full((keep,), number) if mask is None else mask.sum(dim=1).cpu()
+        points.append(counts.double()[judged])
+        if calibration is not None:
+            found_calibrations.append([part.cpu().double()[judged] for part in calibration])
         pairs = [(own, scores.own), (best, scores.oracle)]
         for baseline, found in loader.dataset.baselines(tasks).items():
             pairs.append((found, scores.baselines.setdefault(baseline, {})))
@@ -145,7 +227,59 @@ def _score(
             for name, values in found.items():
                 fresh = values.cpu().double()[judged]
                 kept[name] = torch.cat([kept[name], fresh]) if name in kept else fresh
+    if points:
+        scores.points = torch.cat(points)
+    if found_calibrations and sum(map(len, points)):
+        parts = zip(*found_calibrations, strict=True)
+        scores.coverage, scores.variance = (torch.cat(part) for part in parts)
     return scores, sha.hexdigest()
+
+
+def _calibrate(evaluation: Evaluation, split: str, qualifiers: str, scores: _Scores) -> None:
+    """Add the calibration curve of a set, `calibration_error` and `sharpness`.
+
+    Both are of all points together, so that `over_points` says the same. The error is the mean
+    over levels of `|coverage − level|`, without an interval: it is no mean over tasks. Sharpness
+    is the root of the mean predicted variance, in y's units.
+    """
+    assert scores.coverage is not None
+    assert scores.variance is not None
+    weights = scores.points / scores.points.sum()
+    coverage = weights @ scores.coverage
+    error = (coverage - torch.tensor(LEVELS, dtype=torch.float64)).abs().mean().item()
+    sharpness = over_points(scores.variance.sqrt(), scores.points, power=2)
+    pooled = {"mean": error, "ci95": None, "points": sharpness["points"]}
+    for name, entry in (("calibration_error", pooled), ("sharpness", sharpness)):
+        evaluation.metrics[f"{split}/{qualified(name, qualifiers)}"] = {
+            "mean": entry["mean"],
+            "ci95": entry["ci95"],
+            "tasks": len(scores.points),
+            "over_points": entry,
+        }
+    evaluation.calibration[qualified(split, qualifiers)] = {
+        "levels": list(LEVELS),
+        "coverage": coverage.tolist(),
+    }
+
+
+def _power(name: str) -> int:
+    """Of a score that is averaged over points: a root mean square is one of squares."""
+    return 2 if name.partition("@")[0] == "rmse" else 1
+
+
+def _what_is_measured(name: str) -> str:
+    """A score's name without `predict=…`, which says how, not what: its oracle's name."""
+    base, _, qualifiers = name.partition("@")
+    kept = [part for part in qualifiers.split(",") if not part.startswith("predict=")]
+    return qualified(base, ",".join(part for part in kept if part))
+
+
+def _impossible(name: str, entry: Mapping[str, Any]) -> str:
+    return (
+        f"{name} = {entry['mean']:.4g} beats the best possible score, {entry['oracle']:.4g}, by "
+        "more than three standard errors: targets leak into the prediction, or the task set's "
+        "oracle is wrong"
+    )
 
 
 def monitored(metric: Metric, monitor: str | None) -> Metric:

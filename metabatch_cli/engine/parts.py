@@ -18,6 +18,7 @@ from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
 from metabatch_cli.engine.memory import keep_freed_memory
 from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.trial import measure_step, try_out
+from metabatch_cli.learners.autoregressive import AutoregressiveDeployment
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.report.console import clock
 
@@ -37,6 +38,7 @@ class Parts:
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
         self.evaluation_loaders("val")
         self.evaluation_loaders("test")
+        self.deployed  # noqa: B018 (refused before a training, not after it)
         try_out(self)
         if self.config.loader.workers == "auto":
             self.loader.choose_workers(**measure_step(self))
@@ -102,6 +104,19 @@ class Parts:
         return self.precision.convert(learner)
 
     @cached_property
+    def deployed(self) -> Learner:
+        """The learner as it is tested: as it is, or predicting one target after the other."""
+        evaluation = self.config.evaluation
+        if evaluation.predict == "once":
+            return self.learner
+        try:
+            return AutoregressiveDeployment(self.learner, evaluation.order)
+        except ValueError as error:
+            raise ConfigError(
+                "evaluation.predict", str(error), value=evaluation.predict, allowed="once"
+            ) from error
+
+    @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """Over the learner's parameters."""
         return build.build_optimizer(self.config, self.learner)
@@ -118,13 +133,14 @@ class Parts:
         return self._evaluation[split]
 
     def score(self) -> Evaluation:
-        """The learner's scores on the test tasks."""
+        """The learner's scores on the test tasks, and its calibration there."""
         return evaluate(
-            self.learner,
+            self.deployed,
             self.evaluation_loaders("test"),
             self.precision,
             split="test",
             n_tasks=self.config.evaluation.tasks,
+            calibrated=True,
         )
 
     @cached_property

@@ -131,7 +131,7 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     trainer.learner.load_state_dict(checkpoint.load(weights, trainer.device)["learner"])
     evaluation = parts.score()
     if parts.config.evaluation.figures:
-        draw(run, parts, trainer)
+        draw(run, parts, trainer, evaluation)
     trainer.stop.at_once = False
     result = run.write_result(
         status="completed",
@@ -139,10 +139,13 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         seconds=trainer.elapsed,
         error=None,
         metrics=evaluation.metrics,
+        calibration=evaluation.calibration,
         digests=evaluation.digests,
         monitor={"metric": f"val/{trainer.metric.name}", "best": trainer.best},
     )
     trainer.reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)
+    for warning in evaluation.warnings:
+        trainer.reporter.say(f"warning: {warning}")
     trainer.reporter.say(f"completed, {clock(trainer.seconds)} of training: {run.path}")
     return result
 
@@ -296,16 +299,17 @@ def announce(run: RunDirectory, parts: Parts, reporter: Reporter, *, resumes: bo
     reporter.plan("resuming" if resumes else "training", [*describe(parts), ("run", str(run.path))])
 
 
-def draw(run: RunDirectory, parts: Parts, trainer: Trainer) -> None:
-    """Predictions on test tasks and learning curves, in figures/; a failure is only said."""
+def draw(run: RunDirectory, parts: Parts, trainer: Trainer, evaluation: Evaluation) -> None:
+    """Predictions, calibration and learning curves, in figures/; a failure is only said."""
     taskset = next(iter(parts.evaluation_loaders("test").values())).dataset
     try:
+        from metabatch_cli.report.calibration_figure import draw_calibration
         from metabatch_cli.report.curves import draw_learning_curves
         from metabatch_cli.report.figures import draw_predictions
 
         with parts.precision.autocast():
             draw_predictions(
-                trainer.learner,
+                parts.deployed,
                 taskset,
                 run.figures / "predictions.png",
                 device=parts.device,
@@ -313,6 +317,7 @@ def draw(run: RunDirectory, parts: Parts, trainer: Trainer) -> None:
                 seed=parts.config.evaluation.seed,
                 spec=parts.spec,
             )
+        draw_calibration(evaluation.calibration, run.figures / "calibration.png")
         draw_learning_curves(
             run.metrics_file,
             run.figures / "learning_curves.png",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from metabatch_cli.config.errors import UserError
-from metabatch_cli.config.schema import Config
+from metabatch_cli.config.schema import Config, EvaluationConfig, LoaderConfig, TrainerConfig
 from metabatch_cli.engine.run_directory import RunDirectory
 
 # what may differ from the configuration of a run that is resumed: nothing that its numbers
@@ -42,7 +44,9 @@ def refuse_other_configuration(
     before, now = flatten(saved), flatten(wanted)
     differing = []
     for key in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(key, "not set"), now.get(key, "not set")
+        # a run may be older than a key: it was made by what is the default now
+        was = before.get(key, defaults().get(key, "not set"))
+        is_now = now.get(key, "not set")
         if was != is_now and not _free(key):
             steps = "trainer.max_steps"
             follows = was == before.get(steps) and is_now == now.get(steps)
@@ -55,6 +59,17 @@ def refuse_other_configuration(
             + "\n  allowed: the same configuration, another hydra.run.dir, or fresh=true, which "
             "deletes the run"
         )
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """The default of each key of the sections that the schema describes, by its dotted name."""
+    sections: dict[str, Any] = {
+        "loader": LoaderConfig(),
+        "trainer": TrainerConfig(),
+        "evaluation": EvaluationConfig(),
+    }
+    return flatten({name: dataclasses.asdict(section) for name, section in sections.items()})
 
 
 def is_complete(run: RunDirectory, config: Config) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.models.calibration import Calibration
 
 
 class Metric(NamedTuple):
@@ -67,3 +68,37 @@ class Learner(nn.Module):
         what is predicted at padding means nothing.
         """
         raise NotImplementedError
+
+    def about(self, metric: str) -> dict[str, str]:
+        """What a result should say of a score beside its number, words by their names.
+
+        Of a log-likelihood its `scoring`: whether targets are judged each by itself (`marginal`)
+        or all together (`joint`), with whatever else is behind the `@` of its name.
+
+        Args:
+            metric: a name of `score`.
+        """
+        base, _, qualifiers = metric.partition("@")
+        if base != "log_likelihood":
+            return {}
+        own = dict(part.partition("=")[::2] for part in qualifiers.split(",") if part)
+        return {"scoring": "marginal", **own}
+
+    def calibration(self, tasks: Tasks, levels: Tensor) -> Calibration | None:
+        """Coverage of central intervals and predicted variance of each task.
+
+        Args:
+            levels: `[levels]`, probabilities that the intervals claim.
+
+        Returns:
+            None of a learner that predicts no spread. Asked for in tests, not in validations.
+        """
+        return None
+
+    def why_not_autoregressive(self) -> str | None:
+        """Why `predict` is not for contexts that grow target by target; None if it is.
+
+        It is for learners whose `predict` takes a `context_mask`, and makes sense of contexts of
+        any size (learners/autoregressive.py).
+        """
+        return "it is no conditional model, which predicts from a context of any size"

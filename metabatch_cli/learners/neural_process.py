@@ -15,6 +15,7 @@ from metabatch_cli.learners import objectives
 from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.learners.objectives import Judged, Objective
 from metabatch_cli.learners.units import Units
+from metabatch_cli.models.calibration import Calibration, calibration
 from metabatch_cli.models.masking import blank, mean_over_tasks, task_scores
 from metabatch_cli.models.predictive import Predictive, joint_log_prob, marginals
 
@@ -108,6 +109,16 @@ class NeuralProcess(Learner):
         elif self.scoring == "joint":
             scores[JOINT] = scores["log_likelihood"]
         return scores | {"rmse": scores["mse"].sqrt()}
+
+    def calibration(self, tasks: Tasks, levels: Tensor) -> Calibration | None:
+        mask = tasks.target_mask
+        target_y = blank(tasks.target_y, mask)
+        return calibration(self.prediction_of(tasks), target_y, mask, levels)
+
+    def why_not_autoregressive(self) -> str | None:
+        if "context_mask" in self._asked_for:
+            return None
+        return f"its model {type(self.model).__name__} takes no context_mask"
 
     def prediction_of(self, tasks: Tasks) -> Distribution:
         """What is predicted at the targets of tasks."""

@@ -29,7 +29,7 @@ def make_console() -> Console:
     """Standard output; where it is no terminal, lines are as long as they are."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
+        console = Console(highlight=False, width=max(console.width, 160))
     return console
 
 
@@ -133,7 +133,11 @@ class Reporter:
         log.info("step %d: %s", step, self._validation)
 
     def result(self, title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """A table of metrics: mean, 95% interval, tasks; the oracle and baselines where known."""
+        """A table of metrics: mean, 95% interval, tasks; the oracle and baselines where known.
+
+        Last comes what else an entry says in words, such as `scoring=marginal`, unless its name
+        says so already.
+        """
         with_oracle = any(entry.get("oracle") is not None for entry in metrics.values())
         baselines = list(dict.fromkeys(b for e in metrics.values() for b in e.get("baselines", {})))
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -142,14 +146,23 @@ class Reporter:
             table.add_column(name, justify="right", no_wrap=True)
         for name in baselines:
             table.add_column(name.replace("_", " "), justify="right", max_width=BASELINE_WIDTH)
+        facts = {name: _facts(name, entry) for name, entry in metrics.items()}
+        if any(facts.values()):
+            table.add_column("", overflow="fold")  # the only one that may go over two lines
         for name, entry in metrics.items():
             cells = [number(entry["mean"]), number(entry["ci95"]), f"{entry['tasks']:,}"]
             if with_oracle:
                 cells.append(number(entry.get("oracle")))
             cells += [number(entry.get("baselines", {}).get(baseline)) for baseline in baselines]
-            table.add_row(name, *cells)
+            table.add_row(name, *cells, *([facts[name]] if any(facts.values()) else []))
             log.info("%s = %s ± %s (%s tasks)", name, *cells[:3])
         self.console.print(table)
+
+
+def _facts(name: str, entry: Mapping[str, Any]) -> str:
+    words = [f"{key}={value}" for key, value in entry.items() if isinstance(value, str)]
+    said = name.partition("@")[2].split(",")
+    return ", ".join(word for word in words if word not in said)
 
 
 def number(value: float | None) -> str:

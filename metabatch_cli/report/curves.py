@@ -17,19 +17,14 @@ from matplotlib.ticker import EngFormatter
 from metabatch_cli.report.loggers import read_rows
 from metabatch_cli.report.style import (
     BLUE,
-    GREEN,
+    COLOURS,
     INK,
     METRIC_LABELS,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
     WIDTH,
     house_style,
     save,
 )
 
-_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _DECADES = 1.5  # positive losses that span more are drawn on a logarithmic scale
 
 
@@ -145,7 +140,7 @@ def _draw_validation(
 ) -> None:
     seen: list[np.ndarray] = []
     banded: list[np.ndarray] = []
-    for curve, colour in zip(curves, itertools.cycle(_COLOURS), strict=False):
+    for curve, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
         steps, values, widths = curve.arrays()
         best = int(values.argmax() if higher_is_better else values.argmin())
         label = f"best {values[best]:.3g} at step {steps[best]:,}".replace("-", "−")

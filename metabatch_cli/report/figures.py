@@ -42,7 +42,10 @@ def draw_predictions(
     is put into evaluation mode meanwhile; its modes and all global random states come back as
     they were. The same weights and seed give the same file.
 
-    A learner with `has_spread = False` is drawn without σ: it predicts a value, no distribution.
+    Where a learner predicts targets jointly (a `Predictive`), some functions drawn from that are
+    shown too, and where the task set knows its exact `posterior`, its mean ± 2σ, both with the
+    noise of observations. A learner with `has_spread = False` is drawn without σ: it predicts a
+    value, no distribution.
 
     Args:
         learner: predicts; its weights lie on `device`.

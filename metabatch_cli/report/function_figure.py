@@ -1,4 +1,8 @@
-"""The figure of functions: truth, context, mean and ±2σ, a column for each context size."""
+"""The figure of functions: truth, context, mean and ±2σ, a column for each context size.
+
+Where targets are predicted jointly, a few functions drawn from the prediction; where the task set
+knows the exact posterior, that too.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.task import Task
 from metabatch_cli.learners.learner import Learner
+from metabatch_cli.models.predictive import Predictive
 from metabatch_cli.report.scene import Scene, within
 from metabatch_cli.report.style import (
     BLUE,
@@ -28,6 +33,10 @@ from metabatch_cli.report.style import (
 
 _GRID = 300  # x at which a predictive curve is drawn
 _HELD_OUT = 100  # target points of a function: enough dots to guess it where it is not known
+_SAMPLED_EVERY = 3  # points of the grid: one after the other costs a pass of the network each
+_SAMPLES = 3
+_SAMPLE: dict[str, Any] = {"color": BLUE, "lw": 0.6, "alpha": 0.6}
+_POSTERIOR: dict[str, Any] = {"color": GREY, "lw": 0.9, "ls": (0, (3, 2))}
 _TRUTH: dict[str, Any] = {"color": GREY, "lw": 1.2, "ls": (0, (4, 2))}
 _HELD_OUT_DOTS: dict[str, Any] = {
     "color": GREY, "ls": "none", "marker": ".", "ms": 4.5, "mew": 0, "alpha": 0.5,
@@ -69,6 +78,11 @@ def draw_functions(scene: Scene) -> Figure | None:
         prediction = scene.learner.predict(*context, grid)
         mean = prediction.mean.reshape(count, _GRID, -1)
         sigma = scene.spread(prediction, mean)
+        samples = _samples(scene, context, grid)
+        # with the noise, as the learner predicts it
+        best = scene.taskset.posterior(
+            tasks._replace(context_x=context[0], context_y=context[1]), grid, noisy=True
+        )
         scores = _scores(scene.learner, Task(*context, tasks.target_x, tasks.target_y))
         for row in range(count):
             panel, x = by_task[row, column], numbers(grid[row, :, 0])
@@ -83,6 +97,15 @@ def draw_functions(scene: Scene) -> Figure | None:
                 below, above = middle - two_sigma, middle + two_sigma
                 panel.fill_between(x, below, above, color=BLUE, alpha=0.2, lw=0, label="± 2σ")
                 heights[row].may_show(below, above, beyond=0.75 * heights[row].span)
+            if best is not None:
+                exact, two_sigma = numbers(best[0][row, :, 0]), 2 * numbers(best[1][row, :, 0])
+                for number, curve in enumerate((exact, exact - two_sigma, exact + two_sigma)):
+                    label = "exact posterior ± 2σ" if number == 0 else None
+                    panel.plot(x, curve, label=label, **_POSTERIOR)
+                heights[row].may_show(exact - two_sigma, exact + two_sigma, beyond=widest)
+            for number, sample in enumerate(samples):
+                label = "samples" if number == 0 else None
+                panel.plot(x[::_SAMPLED_EVERY], sample[row], label=label, **_SAMPLE)
             panel.plot(x, middle, color=BLUE, lw=1.7, label="prediction")
             heights[row].may_show(middle, beyond=widest)
             panel.plot(
@@ -145,6 +168,23 @@ def _dense_grid(tasks: Task) -> Tensor:
     return (low[:, None] + (high - low)[:, None] * steps)[..., None]
 
 
+def _samples(scene: Scene, context: tuple[Tensor, Tensor], grid: Tensor) -> list[np.ndarray]:
+    """Functions `[tasks, points]` drawn from a joint prediction at some points of the grid.
+
+    None of a learner that predicts each target by itself: there is no function in its noise.
+    """
+    if not scene.shows_spread:
+        return []
+    at = grid[:, ::_SAMPLED_EVERY]
+    # from left to right, each point would lie beyond all others, and their errors add up
+    order = torch.randperm(at.shape[1])
+    prediction = scene.learner.predict(*context, at[:, order.to(at.device)])
+    if not isinstance(prediction, Predictive):
+        return []
+    drawn = numbers(prediction.sample(torch.Size([_SAMPLES]))[..., 0])
+    return list(drawn[..., order.argsort().numpy()])
+
+
 def _scores(learner: Learner, tasks: Task) -> list[float] | None:
     """The monitored score of each task on its held-out points."""
     score = learner.score(tasks).get(learner.metric.name)
@@ -152,14 +192,16 @@ def _scores(learner: Learner, tasks: Task) -> list[float] | None:
 
 
 def _legend_of_functions(figure: Figure, panel: Axes, metric: str, scored: bool) -> None:
-    order = ["context", "true function", "held out", "prediction", "± 2σ"]
+    order = ["context", "true function", "held out", "prediction", "± 2σ", "samples",
+             "exact posterior ± 2σ"]  # fmt: skip
     by_label = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     handles = [by_label[label] for label in order if label in by_label]
     if scored:
         name = METRIC_LABELS.get(metric.partition("@")[0], metric)
         handles.append(Line2D([], [], ls="none", label=f"grey number: held-out {name}"))
+    columns = len(handles) if len(handles) <= 6 else -(-len(handles) // 2)  # as the width holds
     legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), columnspacing=1.6
+        handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.6
     )
     if scored:
         legend.get_texts()[-1].set_color(GREY)

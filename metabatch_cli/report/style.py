@@ -22,6 +22,7 @@ DPI = 160
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)  # of several lines, in this order
 INK, GREY, FAINT = "#222222", "#6E6E6E", "#C4C4C4"
 STYLE: Any = {  # by type a dict of literal names in some versions of matplotlib
     "font.family": "DejaVu Sans",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cli.program import TINY, metabatch, only_message, start, wait_until
 from tests.engine import examples
@@ -127,8 +128,8 @@ def test_a_run_is_trained_and_scored_on_other_tasks(tmp_path):
     (other,) = set((directory / "evaluations").glob("*.json")) - {file}
     written = json.loads(other.read_text())
     assert set(written["metrics"]) == {
-        "test/log_likelihood@noise=0.5",
-        "test/mse@noise=0.5",
+        f"test/{name}@noise=0.5"
+        for name in ("log_likelihood", "mse", "rmse", "calibration_error", "sharpness")
     }
     assert all(entry["tasks"] == 8 for entry in written["metrics"].values())
     assert written["weights"] == "last"
@@ -150,6 +151,23 @@ def test_scoring_a_value_after_the_other_writes_a_file_for_each(trained):
     names = {file.name for file in (trained / "run" / "evaluations").glob("*.json")}
     assert names == {"taskset.max_ctx_pts=2.json", "taskset.max_ctx_pts=3.json"}
     assert {path.name for path in trained.iterdir()} == {"run"}
+
+
+def test_a_run_that_is_older_than_a_key_of_evaluation_can_be_scored_by_it(tmp_path):
+    in_this_process(tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for key in ("predict", "order"):
+        del config["evaluation"][key]
+    file.write_text(yaml.safe_dump(config))
+    said = metabatch("eval", "run=run", "evaluation.predict=autoregressive", cwd=tmp_path).stdout
+    assert "log_likelihood@scoring=joint,predict=autoregressive" in said
+    written = tmp_path / "run" / "evaluations" / "evaluation.predict=autoregressive.json"
+    assert json.loads(written.read_text())["overrides"] == ["evaluation.predict=autoregressive"]
+    done = metabatch("train", *TINY, "hydra.run.dir=run", cwd=tmp_path)
+    assert "completed before" in done.stdout
+    done = metabatch("eval", "run=run", "evaluation.predicts=once", cwd=tmp_path, code=1)
+    assert "did you mean 'predict'?" in only_message(done)
 
 
 @pytest.mark.parametrize("word", ["taskset.max_ctx_pts=0", "taskset.nois=1"])

@@ -50,8 +50,9 @@ def refusal(node: Any, **more: Any) -> ConfigError:
 
 @pytest.mark.parametrize(("group", "name"), [f for f in FILES if f[0] not in ADDED])
 def test_every_shipped_choice_composes_and_passes(group, name):
-    root = ["taskset.dataset.root=images"] if name.startswith("image_folder") else []
-    config = checked(f"{group}={name}", *root)
+    needs = ["taskset.dataset.root=images"] if name.startswith("image_folder") else []
+    needs += ["taskset=gp"] if (group, name) == ("evaluation", "ranges") else []
+    config = checked(f"{group}={name}", *needs)
     assert config.trainer.max_steps >= 1
 
 

@@ -11,16 +11,35 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from metabatch_cli.batching import TaskLoader, digest
+from metabatch_cli.config.check import check
+from metabatch_cli.config.choices import resolve
+from metabatch_cli.config.compose import compose
+from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.engine import random_states
-from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored, qualified, summarise
+from metabatch_cli.engine.evaluator import (
+    Evaluation,
+    evaluate,
+    is_beaten,
+    monitored,
+    over_points,
+    qualified,
+    summarise,
+)
+from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.precision import Precision
+from metabatch_cli.learners.autoregressive import AUTOREGRESSIVE, AutoregressiveDeployment
 from metabatch_cli.learners.learner import Metric
 from metabatch_cli.learners.neural_process import NeuralProcess
+from metabatch_cli.models.calibration import LEVELS
 from metabatch_cli.models.cnp import CNP
 from tasksets.functions import Functions, Sine
-from tests.engine.examples import Noisy, WithOracle, differences, parts
+from tasksets.gp import GaussianProcess
+from tasksets.kernels import RBF
+from tests.engine.examples import Cheat, Groups, Noisy, WithOracle, differences, parts, settings
+from tests.learners.test_autoregressive import NOISE, ExactGP
 
 PRECISION = Precision(32, torch.device("cpu"))
 scores = st.lists(st.floats(-100, 100), min_size=2, max_size=50)
@@ -171,7 +190,7 @@ def test_several_sets_have_entries_and_digests_of_their_own():
     sets = {"noise=0": loader(), "noise=1": loader(noise=1.0)}
     evaluation = evaluated(network(), sets)
     assert set(evaluation.metrics) == {
-        f"test/{name}@{of_set}" for name in ("mse", "log_likelihood") for of_set in sets
+        f"test/{name}@{of_set}" for name in ("mse", "rmse", "log_likelihood") for of_set in sets
     }
     assert set(evaluation.digests) == {"test@noise=0", "test@noise=1"}
     assert len(set(evaluation.digests.values())) == 2
@@ -289,3 +308,224 @@ def test_a_metric_with_qualifiers_of_the_learner_has_the_baselines_of_its_base()
     ).metrics
     assert set(metrics["test/mse@shots=3,steps=1"]["baselines"]) == {"zero"}
     assert set(metrics["test/rmse@shots=3,steps=1"]["baselines"]) == {"zero", "odd"}
+
+
+# --- every point alike -----------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(-100, 100), st.integers(1, 50)), min_size=1, max_size=30))
+def test_over_points_is_the_mean_over_all_points(pairs):
+    values, points = torch.tensor(pairs, dtype=torch.float64).T
+    every = [value for value, number in pairs for _ in range(number)]
+    entry = over_points(values, points)
+    assert entry["mean"] == pytest.approx(statistics.fmean(every), abs=1e-9)
+    assert entry["points"] == len(every)
+    assert (entry["ci95"] is None) == (len(pairs) == 1)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=50), st.integers(1, 9))
+def test_where_tasks_are_of_one_size_tasks_and_points_count_the_same(values, size):
+    values = torch.tensor(values, dtype=torch.float64)
+    entry, points = summarise(values), over_points(values, torch.full_like(values, size))
+    assert points["mean"] == pytest.approx(entry["mean"], abs=1e-9)
+    assert points["ci95"] == pytest.approx(entry["ci95"], abs=1e-7)
+
+
+def test_intervals_over_points_cover_the_mean_as_often_as_they_say():
+    generator, covered = torch.Generator().manual_seed(0), {1: 0, 2: 0}
+    for _ in range(1000):
+        points = torch.randint(1, 40, (400,), generator=generator).double()
+        # large tasks score otherwise: E[v w] / E[w] is not E[v]
+        noise = torch.randn(400, generator=generator, dtype=torch.float64).abs()
+        values = points.sqrt() * (1 + noise)
+        for power in covered:
+            truth = (points.new_tensor(range(1, 40)) ** (1 + power / 2)).sum() / sum(range(1, 40))
+            truth *= 1 + (2 / math.pi) ** 0.5 if power == 1 else 2 + 2 * (2 / math.pi) ** 0.5
+            entry = over_points(values, points, power)
+            covered[power] += abs(entry["mean"] - truth ** (1 / power)) <= entry["ci95"]
+    assert all(920 <= number <= 975 for number in covered.values()), covered
+
+
+def test_the_rmse_over_points_is_the_root_of_the_mean_over_points():
+    metrics = evaluated(network(), {"": loader(batch_size=3, max_tgt_pts=40)}).metrics
+    root, square = (metrics[f"test/{name}"]["over_points"] for name in ("rmse", "mse"))
+    assert root["mean"] == pytest.approx(square["mean"] ** 0.5)
+    assert root["ci95"] == pytest.approx(square["ci95"] / (2 * root["mean"]))
+    assert metrics["test/mse"]["mean"] != pytest.approx(square["mean"])
+
+
+def test_padding_is_no_point():
+    tasks = TaskLoader(Groups(1, 5, 9), 4, shuffle=True)
+    entry = evaluated(network(), {"": tasks}).metrics["test/mse"]
+    masks = [tasks.batch_at(step).target_mask[: 10 - 4 * step] for step in range(3)]
+    assert entry["over_points"]["points"] == sum(int(mask.sum()) for mask in masks)
+
+
+# --- what is said of a score -----------------------------------------------------------------
+
+
+def test_a_log_likelihood_says_how_it_was_scored():
+    learner = AutoregressiveDeployment(network())
+    metrics = evaluated(learner, {"": loader()}).metrics
+    said = {name: {k: v for k, v in e.items() if isinstance(v, str)} for name, e in metrics.items()}
+    assert said == {
+        "test/log_likelihood": {"scoring": "marginal"},
+        f"test/{AUTOREGRESSIVE}": {"scoring": "joint", "predict": "autoregressive"},
+        "test/mse": {},
+        "test/rmse": {},
+    }
+
+
+def test_the_oracle_of_a_joint_score_is_the_joint_one_however_it_was_predicted():
+    learner = AutoregressiveDeployment(exact_learner())
+    metrics = evaluated(learner, {"": gaussian_process()}, n_tasks=16).metrics
+    entry = metrics[f"test/{AUTOREGRESSIVE}"]
+    assert entry["oracle"] == pytest.approx(entry["mean"], abs=1e-3)
+    assert entry["oracle"] != pytest.approx(metrics["test/log_likelihood"]["oracle"], abs=1e-2)
+    assert entry["over_points"]["oracle"] == pytest.approx(entry["over_points"]["mean"], abs=1e-3)
+
+
+# --- calibration -----------------------------------------------------------------------------
+
+
+def gaussian_process(noise: float = NOISE) -> TaskLoader:
+    dataset = RBF(lengthscale=[0.5, 0.5], amplitude=[1.0, 1.0])
+    taskset = GaussianProcess(dataset, 3, 10, None, 20, sizes="rest", noise=noise, split="test")
+    return TaskLoader(taskset, 16, seed=0)
+
+
+def exact_learner(kind=NeuralProcess):
+    return kind(ExactGP())
+
+
+def calibration_of(learner):
+    return evaluate(
+        learner, {"": gaussian_process()}, Precision(64, torch.device("cpu")), split="test",
+        n_tasks=200, calibrated=True,
+    )  # fmt: skip
+
+
+class Wide(ExactGP):
+    """Twice the spread that is right."""
+
+    def forward(self, *given, **more):
+        exact = super().forward(*given, **more).base_dist
+        return torch.distributions.Independent(
+            torch.distributions.Normal(exact.loc, 2 * exact.scale), 1
+        )
+
+
+def test_an_exact_posterior_is_calibrated_and_a_wide_one_is_not():
+    exact, wide = calibration_of(exact_learner()), calibration_of(NeuralProcess(Wide()))
+    curve = exact.calibration["test"]
+    assert curve["levels"] == list(LEVELS)
+    assert curve["coverage"] == pytest.approx(list(LEVELS), abs=0.04)
+    assert exact.metrics["test/calibration_error"]["mean"] < 0.02
+    # half as far in units of its σ: |z| ≤ 2 q
+    quantile = torch.special.ndtri((1 + torch.tensor(LEVELS)) / 2)
+    expected = (2 * torch.special.ndtr(2 * quantile) - 1).tolist()
+    assert wide.calibration["test"]["coverage"] == pytest.approx(expected, abs=0.04)
+    assert wide.metrics["test/calibration_error"]["mean"] > 0.15
+    sharp, less = (found.metrics["test/sharpness"]["mean"] for found in (exact, wide))
+    assert less == pytest.approx(2 * sharp)
+    # an exact posterior errs as much as it says
+    assert sharp == pytest.approx(exact.metrics["test/rmse"]["over_points"]["mean"], rel=0.1)
+
+
+def test_calibration_is_measured_only_where_it_is_asked_for_and_changes_no_score():
+    with_it, without = (
+        evaluate(network(Noisy), {"": loader()}, PRECISION, split="val", n_tasks=9, calibrated=on)
+        for on in (True, False)
+    )
+    extra = {"val/calibration_error", "val/sharpness"}
+    assert set(with_it.metrics) - set(without.metrics) == extra
+    assert without.calibration == {}
+    assert {k: v for k, v in with_it.metrics.items() if k not in extra} == without.metrics
+
+
+def test_calibration_skips_padding_and_tasks_without_targets():
+    tasks = TaskLoader(Groups(1, 5, 9), 4, shuffle=True)
+    entry = evaluate(
+        network(), {"": tasks}, PRECISION, split="test", n_tasks=10, calibrated=True
+    ).metrics  # fmt: skip
+    assert math.isfinite(entry["test/calibration_error"]["mean"])
+    assert entry["test/sharpness"]["over_points"] == {
+        key: value for key, value in entry["test/sharpness"].items() if key in ("mean", "ci95")
+    } | {"points": entry["test/mse"]["over_points"]["points"]}
+
+
+# --- nobody beats the oracle -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [ExactGP, Wide, lambda: CNP(1, 1, width=8)])
+def test_no_model_beats_the_oracle(model):
+    learner = AutoregressiveDeployment(NeuralProcess(model()).double())
+    precision = Precision(64, torch.device("cpu"))
+    evaluation = evaluate(
+        learner, {"": gaussian_process()}, precision, split="test", n_tasks=200
+    )  # fmt: skip
+    with_oracle = [name for name, entry in evaluation.metrics.items() if "oracle" in entry]
+    assert set(with_oracle) == {"test/log_likelihood", f"test/{AUTOREGRESSIVE}", "test/mse"}
+    assert evaluation.warnings == []
+
+
+def test_a_score_that_cannot_be_is_pointed_out():
+    learner = exact_learner(Cheat)
+    (warning,) = evaluated(learner, {"x=1": gaussian_process()}, n_tasks=50).warnings
+    assert warning.startswith("test/log_likelihood@x=1 = ")
+    assert "oracle" in warning
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_beating_the_oracle_is_a_question_of_paired_differences(higher):
+    generator = torch.Generator().manual_seed(0)
+    oracle = 10 * torch.randn(1000, generator=generator, dtype=torch.float64)
+    noise = torch.randn(1000, generator=generator, dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    sign, metric = 1 if higher else -1, Metric("any", higher)
+    for errors, beaten in ((4.0, True), (2.0, False), (-9.0, False)):
+        own = oracle + noise + sign * errors / 1000**0.5
+        assert is_beaten(oracle, own, metric) == beaten
+    assert not is_beaten(oracle[:1], oracle[:1] + sign * 99, metric)
+    assert not is_beaten(oracle, oracle, metric)
+    assert not is_beaten(oracle, oracle + sign * 1e-6, metric)
+
+
+# --- how the test predicts -------------------------------------------------------------------
+
+
+def test_the_test_may_predict_one_target_after_the_other():
+    declared = parts("evaluation.predict=autoregressive", "evaluation.order=random")
+    declared.build()
+    assert declared.deployed.learner is declared.learner
+    assert declared.deployed.order == "random"
+    metrics = declared.score().metrics
+    assert f"test/{AUTOREGRESSIVE}" in metrics
+    assert declared.score().metrics == metrics  # the seed draws the order
+    assert parts().deployed.why_not_autoregressive() is None
+
+
+def test_a_learner_that_cannot_predict_so_is_refused_before_training():
+    config = settings("evaluation.predict=autoregressive").copy()
+    config.learner = OmegaConf.create({"_target_": "tests.engine.examples.Scripted"})
+    declared = Parts(check(resolve(config)))
+    with pytest.raises(ConfigError, match=r"evaluation\.predict.*Scripted cannot"):
+        declared.build()
+
+
+def test_the_ranges_are_among_the_contexts_elsewhere_and_beyond_them():
+    words = ("taskset=gp", "model=cnp", "learner=neural_process", "evaluation=ranges")
+    loaders = Parts(check(resolve(compose(*words)))).evaluation_loaders("test")
+    found = {}
+    for name, tasks in loaders.items():
+        batch = tasks.batch_at(0)
+        found[name] = [
+            (round(x.min().item()), round(x.max().item()))
+            for x in (batch.context_x, batch.target_x)
+        ]
+    near, far = (-2, 2), (2, 6)
+    assert found == {
+        "range=interpolation": [near, near],
+        "range=shifted": [far, far],
+        "range=extrapolation": [near, far],
+    }

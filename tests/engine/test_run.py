@@ -28,8 +28,11 @@ from tests.engine.examples import (
     rows,
     run,
     settings,
+    settings_of,
     state,
 )
+
+METRICS = ("log_likelihood", "mse", "rmse", "calibration_error", "sharpness")
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +76,19 @@ def test_the_result_has_the_entries_of_the_contract(completed):
     assert found["seconds"] > 0
     assert found["seed"] == 0
     assert found["error"] is None
-    assert set(found["metrics"]) == {"test/log_likelihood", "test/mse"}
-    for entry in found["metrics"].values():
-        assert set(entry) == {"mean", "ci95", "tasks"}
+    assert set(found["metrics"]) == {f"test/{name}" for name in METRICS}
+    for name, entry in found["metrics"].items():
+        assert set(entry) - {"scoring"} == {"mean", "ci95", "tasks", "over_points"}
+        assert set(entry["over_points"]) == {"mean", "ci95", "points"}
         assert math.isfinite(entry["mean"])
-        assert entry["ci95"] > 0
+        # no mean over tasks, no interval
+        assert entry["ci95"] is None if name == "test/calibration_error" else entry["ci95"] > 0
         assert entry["tasks"] == 16
+    assert found["metrics"]["test/log_likelihood"]["scoring"] == "marginal"
+    assert {part: len(numbers) for part, numbers in found["calibration"]["test"].items()} == {
+        "levels": 19,
+        "coverage": 19,
+    }
     assert list(found["digests"]) == ["test"]
 
 
@@ -233,6 +243,29 @@ def test_another_configuration_is_refused_by_its_keys_and_nothing_is_touched(
     assert "fresh=true" in said
 
 
+def test_what_beats_the_oracle_is_said_at_the_end_and_logged(tmp_path):
+    config = settings_of("WithOracle", *learner("Cheat")).copy()
+    more = {"dataset": {"_target_": "tasksets.functions.Sine"}, "noise": 0.1}
+    config.taskset = OmegaConf.merge(OmegaConf.create(more), config.taskset)
+    watcher = Watcher()
+    train(config, tmp_path, reporter=watcher)
+    said = "warning: test/log_likelihood = "
+    assert said in watcher.text
+    assert said in (tmp_path / "train.log").read_text()
+
+
+def test_a_run_may_be_older_than_a_key_that_has_its_default_now(own):
+    saved = RunDirectory(own).read_config()
+    for key in ("predict", "order", "seed"):
+        del saved["evaluation"][key]
+    RunDirectory(own).write_config(saved)
+    before = fingerprint(own)
+    run(own)
+    assert fingerprint(own) == before
+    with pytest.raises(UserError, match=r"evaluation\.order: given in the run, random asked for"):
+        run(own, "evaluation.order=random")
+
+
 def test_both_values_of_a_key_are_said(completed):
     with pytest.raises(UserError, match=r"seed: 0 in the run, 7 asked for"):
         run(completed, "seed=7")
@@ -372,9 +405,7 @@ def test_several_test_sets_stand_in_the_result_under_their_names(tmp_path):
     sets = {"noise=0": {"noise": 0.0}, "noise=1": {"noise": 1.0}}
     OmegaConf.update(config, "evaluation.test", sets, force_add=True)
     done = train(config, tmp_path, reporter=Watcher())
-    assert set(done["metrics"]) == {
-        f"test/{metric}@{name}" for metric in ("mse", "log_likelihood") for name in sets
-    }
+    assert set(done["metrics"]) == {f"test/{metric}@{name}" for metric in METRICS for name in sets}
     assert set(done["digests"]) == {"test@noise=0", "test@noise=1"}
     quiet, loud = (done["metrics"][f"test/mse@{name}"]["mean"] for name in sets)
     assert loud > quiet + 0.5

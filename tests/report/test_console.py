@@ -152,6 +152,23 @@ def test_baselines_have_columns_behind_the_oracles_and_a_narrow_terminal_holds_t
     assert second.split()[-3:] == ["4.0000", "–", "–"]
 
 
+def test_words_of_an_entry_stand_behind_it_unless_its_name_says_them():
+    plain = reporter()
+    plain.console.width = 80
+    entry = {"mean": 1.0, "ci95": 0.5, "tasks": 1000}
+    metrics = {
+        "test/mse": {**entry, "over_points": entry},
+        "test/log_likelihood": {**entry, "scoring": "marginal", "normalised": "by task"},
+        "test/log_likelihood@scoring=joint": {**entry, "scoring": "joint"},
+    }
+    plain.result("test", metrics)
+    said = text(plain)
+    assert "…" not in said
+    assert "scoring=marginal" in said
+    assert said.count("joint") == 1
+    assert "by task" in " ".join(said.split())
+
+
 def test_a_result_without_metrics_is_no_error():
     reporter().result("test", {})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -19,13 +20,18 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from metabatch_cli.batching.task import Task
 from metabatch_cli.batching.taskset import TaskSet, TaskSpec
+from metabatch_cli.learners.autoregressive import AutoregressiveDeployment
 from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.models.cnp import CNP
-from metabatch_cli.report import curves, figures, pixels, style
+from metabatch_cli.models.predictive import Paths
+from metabatch_cli.report import calibration_figure, curves, figures, pixels, style
+from metabatch_cli.report.calibration_figure import draw_calibration
 from metabatch_cli.report.curves import draw_learning_curves
 from metabatch_cli.report.figures import draw_predictions
 from tasksets.functions import Functions, Sine
+from tasksets.gp import GaussianProcess
+from tasksets.kernels import RBF
 
 # --- task sets and learners to draw ----------------------------------------------------------
 
@@ -159,7 +165,7 @@ def shown(monkeypatch) -> list[Figure]:
         seen.append(figure)
         return path
 
-    for module in (figures, curves):
+    for module in (figures, curves, calibration_figure):
         monkeypatch.setattr(module, "save", keep)
     return seen
 
@@ -237,6 +243,78 @@ def test_a_learner_without_spread_has_no_band(shown, tmp_path):
     draw_predictions(learner, sines(), tmp_path / "p.png")
     assert "± 2σ" not in legend(shown[0])
     assert not any(panel.collections for panel in shown[0].axes)
+
+
+class TwoLevels(Guess):
+    """A function is −1 everywhere, or +1."""
+
+    def predict(self, context_x, context_y, target_x):
+        mean = torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, *target_x.shape)
+        return Paths(Independent(Normal(mean, 1e-3), 1))
+
+
+def test_of_a_joint_prediction_whole_functions_are_drawn(shown, tmp_path):
+    draw_predictions(TwoLevels(), sines(), tmp_path / "p.png")
+    draw_predictions(Guess(), sines(), tmp_path / "p.png")
+    joint, alone = shown
+    assert "samples" in legend(joint)
+    assert "samples" not in legend(alone)
+    levels = set()
+    for panel in joint.axes:
+        drawn = [line.get_ydata() for line in panel.lines if line.get_linewidth() == 0.6]
+        assert len(drawn) == 3
+        for y in drawn:
+            assert y.std() < 0.01
+            levels.add(round(y.mean()))
+    assert levels == {-1, 1}
+
+
+def test_a_model_deployed_autoregressively_is_drawn_with_functions_too(shown, tmp_path):
+    learner = AutoregressiveDeployment(NeuralProcess(CNP(1, 1, width=8)))
+    draw_predictions(learner, sines(), tmp_path / "p.png", context_sizes=[3])
+    assert "samples" in legend(shown[0])
+
+
+def test_functions_are_drawn_in_any_order_and_shown_from_left_to_right(shown, tmp_path):
+    class Straight(Guess):
+        def predict(self, context_x, context_y, target_x):
+            seen.append(target_x)
+            return Paths(Independent(Normal(3 * target_x[None], 1e-6), 1))
+
+    seen = []
+    draw_predictions(Straight(), sines(), tmp_path / "p.png")
+    assert any((x.diff(dim=1) < 0).any() for x in seen)
+    for panel in shown[0].axes:
+        for line in panel.lines:
+            if line.get_linewidth() == 0.6:
+                x, y = line.get_xydata().T
+                np.testing.assert_allclose(y, 3 * x, atol=1e-4)
+                assert (np.diff(x) > 0).all()
+
+
+def test_the_exact_posterior_of_observations_stands_beside_the_prediction(shown, tmp_path):
+    dataset = RBF(lengthscale=[0.5, 0.5], amplitude=[1.0, 1.0])
+    gp = GaussianProcess(dataset, 3, 20, None, 25, sizes="rest", noise=0.3)
+    draw_predictions(Guess(), gp, tmp_path / "p.png", context_sizes=[1, 20])
+    assert "exact posterior ± 2σ" in legend(shown[0])
+    for panel in shown[0].axes:
+        mean, low, high = (line.get_ydata() for line in panel.lines if line.get_lw() == 0.9)
+        np.testing.assert_allclose(mean - low, high - mean, atol=1e-5)
+        # with the noise, and no more than what is known without any context
+        assert 2 * 0.3 < (mean - low).min() < (mean - low).max() < 2 * (1 + 0.3**2) ** 0.5 + 1e-4
+    draw_predictions(Guess(), sines(), tmp_path / "p.png")
+    assert "exact posterior ± 2σ" not in legend(shown[1])
+
+
+def test_a_long_legend_goes_over_two_lines_within_the_figure(tmp_path, shown):
+    dataset = RBF(lengthscale=[0.5, 0.5], amplitude=[1.0, 1.0])
+    gp = GaussianProcess(dataset, 3, 20, None, 25, sizes="rest")
+    draw_predictions(TwoLevels(), gp, tmp_path / "p.png")
+    (figure,) = shown
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize(
@@ -423,6 +501,32 @@ def test_pyplot_and_its_global_state_are_left_alone():
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- calibration -----------------------------------------------------------------------------
+
+
+def test_every_test_set_has_a_curve_of_coverage(shown, tmp_path):
+    curve = {"levels": [0.25, 0.5, 0.75], "coverage": [0.2, 0.4, 0.7]}
+    sets = {"test@noise=0,x=1": curve, "test@noise=1": curve}
+    assert draw_calibration(sets, tmp_path / "c.png") == tmp_path / "c.png"
+    (panel,) = shown[0].axes
+    labels = [line.get_label() for line in panel.lines]
+    assert labels == ["calibrated", "noise=0, x=1", "noise=1"]
+    expected = [[0, 0], [0.25, 0.2], [0.5, 0.4], [0.75, 0.7], [1, 1]]
+    np.testing.assert_array_equal(line_of(panel, "noise=1"), expected)
+    draw_calibration({"test": curve}, tmp_path / "c.png")
+    assert shown[1].axes[0].lines[1].get_label() == "prediction"
+
+
+def test_without_a_spread_there_is_no_calibration_to_draw(tmp_path):
+    assert draw_calibration({}, tmp_path / "c.png") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_calibration_figure_is_a_picture(tmp_path):
+    curve = {"levels": [0.5], "coverage": [0.4]}
+    assert_is_a_picture(draw_calibration({"test": curve}, tmp_path / "c.png"))
 
 
 # --- learning curves -------------------------------------------------------------------------
