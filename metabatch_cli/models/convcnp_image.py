@@ -74,7 +74,7 @@ class ConvCNPImage(nn.Module):
         context_kernel: Annotated[int, Ge(1)] = 9,
         head_depth: Annotated[int, Ge(1)] = 2,
         activation: Activation = "relu",
-        min_sigma: MinSigma = 0.01,
+        min_sigma: MinSigma = 0.05,
         sigma: Sigma = "scaled",
     ) -> None:
         super().__init__()
