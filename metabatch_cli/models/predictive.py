@@ -142,8 +142,8 @@ class JointNormal(Predictive):
         if self.event_shape[1] == 1:
             sigma = rows.square().sum(dim=-1).sqrt().to(self.dtype)
             return Independent(Normal(mean, sigma, validate_args=False), 1, validate_args=False)
-        covariance = (rows @ rows.mT).to(self.dtype)
-        return MultivariateNormal(mean, covariance, validate_args=False)
+        root = torch.linalg.cholesky(rows @ rows.mT).to(self.dtype)
+        return MultivariateNormal(mean, scale_tril=root, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self.mask is None:
