@@ -74,7 +74,7 @@ class ConvCNPImage(nn.Module):
         context_kernel: Annotated[int, Ge(1)] = 9,
         head_depth: Annotated[int, Ge(1)] = 2,
         activation: Activation = "relu",
-        min_sigma: MinSigma = 0.01,
+        min_sigma: MinSigma = 0.05,
         sigma: Sigma = "scaled",
     ) -> None:
         super().__init__()
@@ -138,10 +138,10 @@ class ConvCNPImage(nn.Module):
         return row * width + column
 
     def encode(self, pixels: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Known pixels as images `[tasks, 1 + dim_y, H, W]`: a density, and y divided by it.
+        """Known pixels as images `[tasks, 1 + dim_y, H, W]`: `d / (1 + d)`, and y divided by d.
 
-        Gordon et al. 2020, §4: both are sums over the neighbourhood with the same positive
-        weights.
+        Gordon et al. 2020, §4: d, the density, and y are sums over the neighbourhood with the same
+        positive weights.
         """
         known = torch.cat([torch.ones_like(y[..., :1]), y], dim=-1)
         if mask is not None:
@@ -157,4 +157,5 @@ class ConvCNPImage(nn.Module):
         with torch.autocast(y.device.type, enabled=False):  # a density is no matter for bfloat16
             summed = F.conv2d(stacked, weights, padding=weights.shape[-1] // 2)
         density, data = summed.view(n_tasks, channels, height, width).split([1, channels - 1], 1)
-        return torch.cat([density, data / density.clamp(min=1e-5)], dim=1)
+        # bounded: nothing after this is normalised, and dozens of neighbours may be known
+        return torch.cat([density / (1 + density), data / density.clamp(min=1e-5)], dim=1)

@@ -64,6 +64,10 @@ class Predictive(Distribution):
         """The distribution of `shift + scale · y`, both numbers for each dimension of y."""
         raise NotImplementedError
 
+    def _real(self, value: Tensor) -> Tensor:
+        """A value `[…, tasks, n_target, dim_y]` with 0 in the place of padding."""
+        return value if self.mask is None else value.masked_fill(~self.mask[..., None], 0)
+
     def _drawn(self, sample_shape: Shape) -> tuple[int, Size]:
         """How many samples a shape asks for, and the shape of them all."""
         shape = Size(sample_shape)
@@ -95,7 +99,7 @@ class Paths(Predictive):
         return MixtureSameFamily(even, parts, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        of_points = self.paths.log_prob(value[..., None, :, :, :])
+        of_points = self.paths.log_prob(self._real(value)[..., None, :, :, :])
         return log_mean_exp(_summed(of_points, self.mask), dim=-2)
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
@@ -138,8 +142,8 @@ class JointNormal(Predictive):
         if self.event_shape[1] == 1:
             sigma = rows.square().sum(dim=-1).sqrt().to(self.dtype)
             return Independent(Normal(mean, sigma, validate_args=False), 1, validate_args=False)
-        covariance = (rows @ rows.mT).to(self.dtype)
-        return MultivariateNormal(mean, covariance, validate_args=False)
+        root = torch.linalg.cholesky(rows @ rows.mT).to(self.dtype)
+        return MultivariateNormal(mean, scale_tril=root, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self.mask is None:
@@ -150,9 +154,10 @@ class JointNormal(Predictive):
         covariance = blank((root @ root.mT).masked_fill(~real[:, None, :], 0), real)
         covariance = covariance + torch.diag_embed((~real).to(covariance))
         mean = blank(self.joint.loc, real)
-        given = value.double().flatten(-2).masked_fill(~real, 0)
+        given = self._real(value).double().flatten(-2)
         together = MultivariateNormal(mean, covariance, validate_args=False).log_prob(given)
-        return (together + (~real).sum(dim=1) * 0.5 * math.log(2 * math.pi)).to(self.dtype)
+        taken = (~real).sum(dim=1).to(together) * 0.5 * math.log(2 * math.pi)
+        return (together + taken).to(self.dtype)
 
     def scaled(self, shift: Tensor, scale: Tensor) -> JointNormal:
         mean = self.joint.loc.reshape(*self.batch_shape, *self.event_shape) * scale + shift
@@ -204,9 +209,7 @@ class LowRankNormal(Predictive):
         sigma = self.sigma
         if self.mask is not None:
             sigma = sigma.masked_fill(~self.mask[..., None], 1)
-        off = (value.double() - self.loc) / sigma
-        if self.mask is not None:
-            off = off.masked_fill(~self.mask[..., None], 0)
+        off = self._real(self._real(value).double() - self.loc) / sigma
         whitened = blank(self.factor / sigma[..., None], self.mask).flatten(1, 2)
         off = off.flatten(-2)  # [..., tasks, n]
         inner = torch.eye(whitened.shape[-1]).to(whitened) + whitened.mT @ whitened
@@ -216,7 +219,8 @@ class LowRankNormal(Predictive):
         )
         distance = off.square().sum(dim=-1) - explained.square().sum(dim=(-2, -1))
         volume = sigma.log().sum(dim=(1, 2)) + root.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-        n = off.shape[-1] if self.mask is None else self.mask.sum(dim=1) * self.event_shape[1]
+        counted = torch.ones_like(sigma) if self.mask is None else self.mask[..., None].to(sigma)
+        n = counted.expand_as(sigma).sum(dim=(1, 2))
         return (-0.5 * (distance + n * math.log(2 * math.pi)) - volume).to(self.dtype)
 
     def scaled(self, shift: Tensor, scale: Tensor) -> LowRankNormal:
@@ -267,6 +271,7 @@ class Autoregressive(Predictive):
         return self.alone()
 
     def log_prob(self, value: Tensor) -> Tensor:
+        value = self._real(value)
         return _summed(self.given(value).log_prob(value), self.mask)
 
     def scaled(self, shift: Tensor, scale: Tensor) -> Autoregressive:
