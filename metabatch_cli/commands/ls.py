@@ -12,6 +12,7 @@ from metabatch_cli.config.compose import config_dir
 GROUPS = (
     "experiment",
     "setup",
+    "sweep",
     "taskset",
     "model",
     "learner",
@@ -25,7 +26,7 @@ GROUPS = (
     "debug",
 )
 
-ADDED = {"experiment", "setup"}  # nothing of these is chosen unless +GROUP=NAME says so
+ADDED = {"experiment", "setup", "sweep"}  # nothing of these is chosen unless +GROUP=NAME says so
 
 SECTIONS = {"loader": "LoaderConfig", "trainer": "TrainerConfig", "evaluation": "EvaluationConfig"}
 

@@ -83,7 +83,7 @@ class Bootstrapping(nn.Module):
         return mean + sigma * residuals
 
 
-class BNP(Bootstrapping, CNP):
+class BNP(Bootstrapping, CNP):  # type: ignore[misc]  # a joint prediction
     """A bootstrapping neural process around a `CNP`, whose arguments it has."""
 
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ FILES = [
     for group in GROUPS
     for file in sorted((config_dir() / group).rglob("*.yaml"))
 ]
-ADDED = {"experiment", "setup", "debug"}  # groups that nothing is chosen from by default
+ADDED = {"experiment", "setup", "sweep", "debug"}  # groups that nothing is chosen from by default
 
 
 def mistake(*overrides: str, **changed: Any) -> str:
@@ -70,6 +71,13 @@ def test_every_experiment_passes_also_while_debugging(experiment, debug):
 @pytest.mark.parametrize("setup", [name for group, name in FILES if group == "setup"])
 def test_every_setup_takes_a_model(setup):
     assert checked(f"+setup={setup}", "model=cnp").trainer.max_steps >= 1
+
+
+@pytest.mark.parametrize("sweep", [name for group, name in FILES if group == "sweep"])
+def test_every_sweep_names_experiments_that_there_are(sweep):
+    params = yaml.safe_load((config_dir() / "sweep" / f"{sweep}.yaml").read_text())["hydra"]
+    names = params["sweeper"]["params"]["+experiment"].split(",")
+    assert set(names) <= {name for group, name in FILES if group == "experiment"}
 
 
 def test_every_shipped_file_opens_with_a_line_that_says_what_it_is():
