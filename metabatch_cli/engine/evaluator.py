@@ -129,7 +129,7 @@ def over_points(values: Tensor, points: Tensor, power: int = 1) -> dict[str, Any
 
     The mean is `m = Σ w v / Σ w` over tasks of w points and score v, itself a mean over them; its
     standard error that of a ratio, `√(n/(n−1) · Σ w² (v − m)²) / Σ w` (Cochran 1977, Sampling
-    Techniques, §2.11). Of a root (`power=2`) it is the root of the mean of squares, of all
+    Techniques). Of a root (`power=2`) it is the root of the mean of squares, of all
     points' squared errors for `rmse`, and the interval comes by the delta method.
 
     Args:

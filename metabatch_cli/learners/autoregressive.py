@@ -26,7 +26,7 @@ transformer of width 64."""
 class AutoregressiveDeployment(Learner):
     """A learner whose targets are predicted one by one, each given the y of those before it.
 
-    Bruinsma et al. 2023, "Autoregressive Conditional Neural Processes" (arXiv:2303.14468), eq. 5:
+    Bruinsma et al. 2023, "Autoregressive Conditional Neural Processes" (arXiv:2303.14468):
     `p(y_1 … y_n | C) = Π_i p(y_i | C ∪ {(x_j, y_j) : j < i})`. Nothing is trained anew: a model
     that predicts each target by itself becomes a joint one. What it says depends on the order.
 

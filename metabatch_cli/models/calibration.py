@@ -40,7 +40,7 @@ def calibration(
 
     The central interval of level p lies between the quantiles (1 − p)/2 and (1 + p)/2; y is in it
     if `|2 F(y) − 1| ≤ p`, F being the predicted distribution function (Gneiting et al. 2007,
-    "Probabilistic forecasts, calibration and sharpness", §3.1). Of a mixture it is the
+    "Probabilistic forecasts, calibration and sharpness"). Of a mixture it is the
     mixture's own.
 
     Args:
