@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metabatch_cli.models.anp import ANP
+from metabatch_cli.models.banp import BANP
+from metabatch_cli.models.bnp import BNP
 from metabatch_cli.models.canp import CANP
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.convcnp import ConvCNP
 from metabatch_cli.models.convcnp_image import ConvCNPImage
 from metabatch_cli.models.gnp import GNP
 from metabatch_cli.models.lbanp import LBANP
-from metabatch_cli.models.tnp import TNPD
+from metabatch_cli.models.np import NP
+from metabatch_cli.models.rtnp import RTNP
+from metabatch_cli.models.tnp import TNPA, TNPD, TNPND
 from tasksets.images import pixel_centres
 
 SIDES = 6, 5
@@ -52,7 +57,14 @@ convolutional: dict[str, Any] = {"points_per_unit": 8, "channels": 6, "levels": 
 MODELS: dict[str, Example] = {
     "cnp": Example(lambda: CNP(2, 2, width=8), 2, 2),
     "canp": Example(lambda: CANP(2, 2, **attentive), 2, 2),
+    "np": Example(lambda: NP(2, 2, width=8, dim_latent=4), 2, 2, draws="tasks"),
+    "anp": Example(lambda: ANP(2, 2, dim_latent=4, **attentive), 2, 2, draws="tasks"),
+    "bnp": Example(lambda: BNP(2, 2, width=8), 2, 2, draws="points"),
+    "banp": Example(lambda: BANP(2, 2, **attentive), 2, 2, draws="points"),
     "tnp_d": Example(lambda: TNPD(2, 2, **transformer), 2, 2),
+    "tnp_a": Example(lambda: TNPA(2, 2, **transformer), 2, 2),
+    "tnp_nd": Example(lambda: TNPND(2, 2, covariance_depth=1, rank=3, **transformer), 2, 2),
+    "rtnp": Example(lambda: RTNP(2, 2, **transformer), 2, 2),
     "gnp": Example(lambda: GNP(2, 2, rank=3, **attentive), 2, 2),
     "gnp, without attention": Example(lambda: GNP(1, 1, False, rank=3, width=8), 1, 1),
     "lbanp": Example(lambda: LBANP(2, 2, latents=3, **transformer), 2, 2),
