@@ -136,12 +136,24 @@ class AttentionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
-    def between(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Self-attention: `points [tasks, n, width]` look at each other."""
+    def between(self, points: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
+        """Self-attention: `points [tasks, n, width]` look at each other.
+
+        Args:
+            first: so many points at the beginning also look at each other only; what comes of
+                them is put before the rest, `[tasks, first + n, width]`.
+        """
         # one product for all three is faster than three
         weights = [part.weight for part in (self.of_query, self.of_key, self.of_value)]
         query, key, value = F.linear(points, torch.cat(weights)).chunk(3, dim=-1)
-        return self._finished(query, key, value, mask)
+        attended = attend(query, key, value, self.heads, mask, self.scale)
+        if first:
+            among = [part[:, :first] for part in (query, key, value)]
+            known = None if mask is None else mask[:, :first]
+            alone = attend(*among, self.heads, known, self.scale)  # type: ignore[misc]
+            query = torch.cat([among[0], query], dim=1)
+            attended = torch.cat([alone, attended], dim=1)
+        return self._finished(query, attended)
 
     def forward(
         self,
@@ -164,9 +176,9 @@ class AttentionBlock(nn.Module):
                 F.linear(part, own.weight @ before.weight, own.weight @ before.bias)
                 for part, own in ((query, self.of_query), (key, self.of_key))
             )
-        return self._finished(query, key, self.of_value(value), mask)
+        value = self.of_value(value)
+        return self._finished(query, attend(query, key, value, self.heads, mask, self.scale))
 
-    def _finished(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        attended = attend(query, key, value, self.heads, mask, self.scale)
+    def _finished(self, query: Tensor, attended: Tensor) -> Tensor:
         hidden = self.norm1(query + attended)
         return self.norm2(hidden + F.relu(self.out(hidden)))
