@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IN_CACHE = 1 << 20  # logits
@@ -43,73 +41,28 @@ def attend(
     seen = None if mask is None else mask.any(dim=-1, keepdim=True)
     if mask is not None and seen is not None:
         mask = (mask | ~seen)[:, None]  # a row without any key has no softmax
-    if query.device.type == "cpu" and query.shape[:2].numel() * heads * key.shape[1] <= IN_CACHE:
-        scale = 1 / math.sqrt(query.shape[2] // heads) if scale is None else scale
-        attended = _AttentionInCache.apply(query, key, value, heads, mask, scale)
+    query, key, value = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
+    )
+    few = query.shape[:3].numel() * key.shape[2] <= IN_CACHE and query.device.type == "cpu"
+    if few and mask is None:
+        attended = _attend_in_cache(query, key, value, scale)
     else:
-        query, key, value = (
-            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
-        )
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        attended = attended.transpose(1, 2).flatten(2)
+    attended = attended.transpose(1, 2).flatten(2)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
-class _AttentionInCache(torch.autograd.Function):
-    """Attention whose logits all fit in a processor's cache: faster there than torch's own.
+def _attend_in_cache(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """`F.scaled_dot_product_attention` where all logits fit in a processor's cache.
 
-    Logits are computed with the queries last: a softmax over a last dimension that is shorter
-    than a vector of the processor, as few keys are, takes up to ten times as long. The gradient
-    is written out, as the bookkeeping of a dozen small operations would cost as much as they do.
+    Keys come first in the logits: a softmax over a last dimension shorter than a vector of the
+    processor, as few keys are, would take up to ten times as long.
     """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        heads: int,
-        mask: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        query, key, value = _split(query * scale, heads), _split(key, heads), _split(value, heads)
-        logits = torch.bmm(key, query.mT)
-        if mask is not None:  # [tasks or 1, 1, n_query, n_key]
-            parts = logits.view(-1, heads, *logits.shape[1:])
-            logits = parts.masked_fill(~mask.mT, -math.inf).view_as(logits)
-        weights = logits.softmax(1).to(value.dtype)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.heads, ctx.scale = heads, scale
-        return _merge(torch.bmm(weights.mT, value), heads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, weights = ctx.saved_tensors
-        grad = _split(grad, ctx.heads)
-        of_weights = torch.bmm(value, grad.mT)
-        of_logits = torch._softmax_backward_data(of_weights, weights, 1, weights.dtype)
-        grads = (
-            torch.bmm(of_logits.mT, key).mul_(ctx.scale),
-            torch.bmm(of_logits, query),
-            torch.bmm(weights, grad),
-        )
-        return *(_merge(part, ctx.heads) for part in grads), None, None, None
-
-
-def _split(part: Tensor, heads: int) -> Tensor:
-    """`[tasks, n, width]` → `[tasks · heads, n, width / heads]`."""
-    tasks, n, width = part.shape
-    parts = part.view(tasks, n, heads, width // heads).transpose(1, 2)
-    return parts.reshape(tasks * heads, n, width // heads)
-
-
-def _merge(part: Tensor, heads: int) -> Tensor:
-    """`[tasks · heads, n, width / heads]` → `[tasks, n, width]`."""
-    both, n, width = part.shape
-    parts = part.view(both // heads, heads, n, width).transpose(1, 2)
-    return parts.reshape(both // heads, n, heads * width)
+    query = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    parts = [part.flatten(0, 1) for part in (query, key, value)]
+    weights = torch.bmm(parts[1], parts[0].mT).softmax(1)
+    return torch.bmm(weights.mT, parts[2]).unflatten(0, query.shape[:2])
 
 
 class AttentionBlock(nn.Module):
