@@ -34,7 +34,7 @@ class Judged(NamedTuple):
 
     @property
     def all_points(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, y and mask of context and targets together."""
+        """x, y and mask of context and targets together, the context first."""
         if self.holds_context:
             return self.x, self.y, self.mask
         return joined(self.context_x, self.context_y, self.context_mask, self.x, self.y, self.mask)
@@ -105,12 +105,12 @@ def choose(name: Objective, scoring: Literal["marginal", "joint"], model: nn.Mod
     if name == "likelihood":
         return marginal_likelihood if scoring == "marginal" else joint_likelihood
     loss, part = {
-        "elbo": (elbo, "latent"),
-        "iwae": (iwae, "latent"),
+        "elbo": (elbo, "latents"),
+        "iwae": (iwae, "latents"),
         "bootstrap": (bootstrap, "bootstrap"),
     }[name]
     if not hasattr(model, part):
-        what = "latent variable" if part == "latent" else "bootstrap"
+        what = "latent variable" if part == "latents" else "bootstrap"
         raise ValueError(
             f"objective={name!r}: {type(model).__name__} has no {what}; "
             f"allowed with it: {', '.join(allowed(model))}"
@@ -120,7 +120,7 @@ def choose(name: Objective, scoring: Literal["marginal", "joint"], model: nn.Mod
 
 def allowed(model: nn.Module) -> list[str]:
     """The names of the objectives that a model can be trained by."""
-    latent = ["elbo", "iwae"] if hasattr(model, "latent") else []
+    latent = ["elbo", "iwae"] if hasattr(model, "latents") else []
     return ["likelihood", *latent, *["bootstrap"] * hasattr(model, "bootstrap")]
 
 
@@ -154,11 +154,11 @@ def _latent(
     model: nn.Module, judged: Judged, samples: int
 ) -> tuple[Distribution, Distribution, Tensor, Distribution]:
     """`q(z | C)`, `q(z | C ∪ T)`, draws from the latter, and what they predict, `[samples, …]`."""
-    context = judged.context_x, judged.context_y, judged.context_mask
-    prior = model.latent(*context)  # type: ignore[operator]
-    posterior = model.latent(*judged.all_points)  # type: ignore[operator]
+    context_x, context_y, context_mask = judged.context_x, judged.context_y, judged.context_mask
+    prior, posterior = model.latents(*judged.all_points, context_x.shape[1])  # type: ignore[operator]
     z = posterior.rsample([samples])
-    return prior, posterior, z, model.decode(z, *context[:2], judged.x, context[2])  # type: ignore[operator]
+    paths = model.decode(z, context_x, context_y, judged.x, context_mask)  # type: ignore[operator]
+    return prior, posterior, z, paths
 
 
 def _summed(of_points: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+IN_CACHE = 1 << 20  # logits
+
 
 def attend(
     query: Tensor,
@@ -42,9 +44,25 @@ def attend(
     query, key, value = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
     )
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    few = query.shape[:3].numel() * key.shape[2] <= IN_CACHE and query.device.type == "cpu"
+    if few and mask is None:
+        attended = _attend_in_cache(query, key, value, scale)
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     attended = attended.transpose(1, 2).flatten(2)
     return attended if seen is None else attended.masked_fill(~seen, 0)
+
+
+def _attend_in_cache(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """`F.scaled_dot_product_attention` where all logits fit in a processor's cache.
+
+    Keys come first in the logits: a softmax over a last dimension shorter than a vector of the
+    processor, as few keys are, would take up to ten times as long.
+    """
+    query = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    parts = [part.flatten(0, 1) for part in (query, key, value)]
+    weights = torch.bmm(parts[1], parts[0].mT).softmax(1)
+    return torch.bmm(weights.mT, parts[2]).unflatten(0, query.shape[:2])
 
 
 class AttentionBlock(nn.Module):
@@ -71,12 +89,24 @@ class AttentionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
-    def between(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Self-attention: `points [tasks, n, width]` look at each other."""
+    def between(self, points: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
+        """Self-attention: `points [tasks, n, width]` look at each other.
+
+        Args:
+            first: so many points at the beginning also look at each other only; what comes of
+                them is put before the rest, `[tasks, first + n, width]`.
+        """
         # one product for all three is faster than three
         weights = [part.weight for part in (self.of_query, self.of_key, self.of_value)]
         query, key, value = F.linear(points, torch.cat(weights)).chunk(3, dim=-1)
-        return self._finished(query, key, value, mask)
+        attended = attend(query, key, value, self.heads, mask, self.scale)
+        if first:
+            among = [part[:, :first] for part in (query, key, value)]
+            known = None if mask is None else mask[:, :first]
+            alone = attend(*among, self.heads, known, self.scale)  # type: ignore[misc]
+            query = torch.cat([among[0], query], dim=1)
+            attended = torch.cat([alone, attended], dim=1)
+        return self._finished(query, attended)
 
     def forward(
         self,
@@ -99,9 +129,9 @@ class AttentionBlock(nn.Module):
                 F.linear(part, own.weight @ before.weight, own.weight @ before.bias)
                 for part, own in ((query, self.of_query), (key, self.of_key))
             )
-        return self._finished(query, key, self.of_value(value), mask)
+        value = self.of_value(value)
+        return self._finished(query, attend(query, key, value, self.heads, mask, self.scale))
 
-    def _finished(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        attended = attend(query, key, value, self.heads, mask, self.scale)
+    def _finished(self, query: Tensor, attended: Tensor) -> Tensor:
         hidden = self.norm1(query + attended)
         return self.norm2(hidden + F.relu(self.out(hidden)))

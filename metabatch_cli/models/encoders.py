@@ -49,16 +49,28 @@ class PoolingEncoder(nn.Module):
             raise ValueError("post_depth=0: a code of another size needs a layer after the mean")
         self.post = layers([width] * post_depth + [dim_out or width], activation)
 
-    def forward(self, context_x: Tensor, context_y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`context_x [tasks, points, dim_x]`, `context_y` → `[tasks, dim_out]`."""
-        points = torch.cat([context_x, context_y], dim=-1)
-        if self.attention is not None:
-            hidden = self.activation(self.points(points))
-            hidden = self.attention.between(hidden, mask)
-            return self.post(_mean(hidden, mask))
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Points `x [tasks, points, dim_x]`, `y` → their code `[tasks, dim_out]`."""
+        return self._code(_mean(self._encoded(x, y, mask), mask))
+
+    def nested(self, x: Tensor, y: Tensor, mask: Tensor | None, first: int) -> Tensor:
+        """Codes `[2, tasks, dim_out]` of the `first` points, and of all.
+
+        What concerns a point by itself is computed once for both.
+        """
+        hidden = self._encoded(x, y, mask, first)
+        own = hidden[:, :first], None if mask is None else mask[:, :first]
+        return self._code(torch.stack([_mean(*own), _mean(hidden[:, -x.shape[1] :], mask)]))
+
+    def _encoded(self, x: Tensor, y: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
+        points = torch.cat([x, y], dim=-1)
+        if self.attention is None:
+            return self.points[:-1](points)
+        return self.attention.between(self.activation(self.points(points)), mask, first)
+
+    def _code(self, mean: Tensor) -> Tensor:
         # the mean of a linear map is the map of the mean, once instead of for every point
-        hidden = self.points[:-1](points)
-        return self.post(self.points[-1](_mean(hidden, mask)))
+        return self.post(mean if self.attention is not None else self.points[-1](mean))
 
 
 class CrossAttentionEncoder(nn.Module):

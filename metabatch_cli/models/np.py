@@ -20,7 +20,7 @@ class NP(nn.Module):
 
     The context gives a code and a normal distribution of a latent variable z; every draw of z
     predicts all targets. As in Nguyen & Grover 2022 (arXiv:2207.04179, published code), whose
-    sizes are the defaults. Objectives that look at the targets too (`elbo`, `iwae`) ask `latent`
+    sizes are the defaults. Objectives that look at the targets too (`elbo`, `iwae`) ask `latents`
     and `decode`.
 
     Args:
@@ -83,9 +83,14 @@ class NP(nn.Module):
 
     def latent(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Independent:
         """What points `x [tasks, points, dim_x]`, `y` say of z: batch `[tasks]`, event `[dim]`."""
-        mean, raw = self.latent_encoder(x, y, mask).to(x.dtype).chunk(2, dim=-1)
-        deviation = 0.1 + 0.9 * torch.sigmoid(raw)
-        return Independent(Normal(mean, deviation, validate_args=False), 1, validate_args=False)
+        return _of_z(self.latent_encoder(x, y, mask).to(x.dtype))
+
+    def latents(
+        self, x: Tensor, y: Tensor, mask: Tensor | None, first: int
+    ) -> tuple[Independent, Independent]:
+        """The same of the `first` points, and of all; cheaper together than apart."""
+        prior, posterior = self.latent_encoder.nested(x, y, mask, first).to(x.dtype)
+        return _of_z(prior), _of_z(posterior)
 
     def decode(
         self,
@@ -106,3 +111,9 @@ class NP(nn.Module):
     ) -> Tensor:
         """What the context says without chance: `[tasks, n_target or 1, width]`."""
         return self.encoder(context_x, context_y, mask)[:, None]
+
+
+def _of_z(raw: Tensor) -> Independent:
+    mean, raw = raw.chunk(2, dim=-1)
+    deviation = 0.1 + 0.9 * torch.sigmoid(raw)
+    return Independent(Normal(mean, deviation, validate_args=False), 1, validate_args=False)
