@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -12,9 +12,10 @@ from torch.distributions import Independent
 from torch.nn import functional as F
 
 from metabatch_cli.models.attention import attend
-from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
+from metabatch_cli.models.gaussian import MinSigma, Sigma, normal, positive
+from metabatch_cli.models.masking import blank
 from metabatch_cli.models.mlp import layers
-from metabatch_cli.models.predictive import Autoregressive, JointNormal
+from metabatch_cli.models.predictive import Autoregressive, JointNormal, LowRankNormal
 
 
 class TransformerLayer(nn.Module):
@@ -221,14 +222,17 @@ class TNPND(nn.Module):
 
     Nguyen & Grover 2022 (arXiv:2207.04179), §3.4: means from the targets' tokens; from further
     layers, in which targets look at each other, a vector h of `rank` numbers for each target and
-    dimension of y, and the lower triangle of `H Hᵀ` as the root of the covariance.
+    dimension of y. What is predicted of a target depends on which others there are.
 
     Args:
         dim_x, dim_y, width, heads, hidden, depth, embedder_depth: as of `TNPD`.
         covariance_depth: further layers.
         projection_depth: linear layers that make h of a token.
         rank: numbers of h.
-        min_sigma: added to the diagonal of the root, which could otherwise be 0.
+        covariance: `low_rank` is `H Hᵀ` and a variance for each target; `cholesky`, which the
+            paper's numbers are from, takes the lower triangle of `H Hᵀ` as the root of the
+            covariance: the prediction then depends on the order of the targets.
+        min_sigma: the least deviation of a target's own; added to the diagonal of the root.
     """
 
     def __init__(
@@ -243,16 +247,18 @@ class TNPND(nn.Module):
         covariance_depth: Annotated[int, Ge(1)] = 2,
         projection_depth: Annotated[int, Ge(1)] = 4,
         rank: Annotated[int, Ge(1)] = 20,
+        covariance: Literal["low_rank", "cholesky"] = "low_rank",
         min_sigma: Annotated[float, Gt(0), Le(1)] = 0.001,
     ) -> None:
         super().__init__()
         self.dim_y, self.rank, self.min_sigma = dim_y, rank, min_sigma
         self.transformer = Transformer(dim_x, dim_y, width, heads, hidden, depth, embedder_depth)
         self.head = layers([width, hidden, dim_y])
-        self.covariance = nn.ModuleList(
+        self.further = nn.ModuleList(
             TransformerLayer(width, heads, hidden) for _ in range(covariance_depth)
         )
         self.projection = layers([width, *[hidden] * (projection_depth - 1), rank * dim_y])
+        self.deviation = layers([width, hidden, dim_y]) if covariance == "low_rank" else None
 
     def forward(
         self,
@@ -261,13 +267,17 @@ class TNPND(nn.Module):
         target_x: Tensor,
         context_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
-    ) -> JointNormal:
+    ) -> JointNormal | LowRankNormal:
         """The joint distribution of the targets: batch `[tasks]`, event `[n_target, dim_y]`."""
         tokens = self.transformer(context_x, context_y, target_x, context_mask)
         mean = self.head(tokens).to(target_x.dtype)
-        for layer in self.covariance:
+        for layer in self.further:
             tokens = layer(tokens, tokens, target_mask)
-        # in float64: a product of rank 20 is far from invertible in less
-        h = self.projection(tokens).double().unflatten(-1, (self.dim_y, self.rank)).flatten(1, 2)
+        h = self.projection(tokens).to(target_x.dtype)
+        if self.deviation is not None:
+            deviation = positive(self.deviation(tokens).to(h.dtype), self.min_sigma, "exp")
+            return LowRankNormal(mean, h.unflatten(-1, (self.dim_y, -1)), deviation, target_mask)
+        # in float64: a product of few numbers is far from invertible in less
+        h = blank(h.double(), target_mask).unflatten(-1, (self.dim_y, -1)).flatten(1, 2)
         root = (h @ h.mT).tril() + self.min_sigma * torch.eye(h.shape[1]).to(h)
         return JointNormal(mean, root, target_mask)

@@ -68,8 +68,8 @@ def settings_of(taskset: str, *overrides: str) -> DictConfig:
 
 def learner(name: str, **arguments: Any) -> tuple[str, ...]:
     """Overrides that choose a learner of this file."""
-    given = (f"+learner.{key}={value}" for key, value in arguments.items())
-    return (f"learner._target_={HERE}.{name}", *given)
+    node = {"_target_": f"{HERE}.{name}", **arguments}
+    return ("~learner", "+learner={" + ",".join(f"{k}:{v}" for k, v in node.items()) + "}")
 
 
 def parts(*overrides: str) -> Parts:

@@ -182,7 +182,7 @@ def test_only_weights_are_taken(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "name"),
-    [("model.width=12", "model."), ("model.encoder_depth=3", "model.encoder.4")],
+    [("model.width=12", "model."), ("model.encoder_depth=3", "model.encoders.0.points.4")],
 )
 def test_weights_of_another_shape_are_refused_by_the_tensors_name(trained, override, name):
     with pytest.raises(UserError) as caught:

@@ -63,7 +63,9 @@ MODELS: dict[str, Example] = {
     "banp": Example(lambda: BANP(2, 2, **attentive), 2, 2, draws="points"),
     "tnp_d": Example(lambda: TNPD(2, 2, **transformer), 2, 2),
     "tnp_a": Example(lambda: TNPA(2, 2, **transformer), 2, 2),
-    "tnp_nd": Example(lambda: TNPND(2, 2, covariance_depth=1, rank=3, **transformer), 2, 2),
+    "tnp_nd": Example(
+        lambda: TNPND(2, 2, covariance_depth=1, rank=3, **transformer), 2, 2, apart=False
+    ),
     "rtnp": Example(lambda: RTNP(2, 2, **transformer), 2, 2),
     "gnp": Example(lambda: GNP(2, 2, rank=3, **attentive), 2, 2),
     "gnp, without attention": Example(lambda: GNP(1, 1, False, rank=3, width=8), 1, 1),
