@@ -70,7 +70,10 @@ def test_every_experiment_passes_also_while_debugging(experiment, debug):
 
 @pytest.mark.parametrize("setup", [name for group, name in FILES if group == "setup"])
 def test_every_setup_takes_a_model(setup):
-    assert checked(f"+setup={setup}", "model=cnp").trainer.max_steps >= 1
+    from metabatch_cli.config.choices import resolve
+
+    config = resolve(compose(f"+setup={setup}", "model=cnp"))
+    assert check(config).trainer.max_steps >= 1
 
 
 @pytest.mark.parametrize("sweep", [name for group, name in FILES if group == "sweep"])
