@@ -60,6 +60,11 @@ class Predictive(Distribution):
         """`[…, tasks]`: log density of all real targets together, `value […, tasks, points, y]`."""
         raise NotImplementedError
 
+    def functions(self, count: int) -> Tensor:
+        """Samples to look at, `[count, tasks, n_target, dim_y]`: without the noise that each
+        target has by itself, where the prediction tells it apart."""
+        return self.sample(Size([count]))
+
     def scaled(self, shift: Tensor, scale: Tensor) -> Predictive:
         """The distribution of `shift + scale · y`, both numbers for each dimension of y."""
         raise NotImplementedError
@@ -112,6 +117,9 @@ class Paths(Predictive):
         mean, sigma = normal.loc[chosen, tasks], normal.scale[chosen, tasks]
         drawn = mean + sigma * torch.randn_like(mean)
         return drawn.reshape(shape)
+
+    def functions(self, count: int) -> Tensor:
+        return self.paths.mean[:count]
 
     def scaled(self, shift: Tensor, scale: Tensor) -> Paths:
         return Paths(scaled_normal(self.paths, shift, scale), self.mask)

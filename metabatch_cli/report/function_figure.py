@@ -37,6 +37,7 @@ _SAMPLED_EVERY = 3  # points of the grid: one after the other costs a pass of th
 _SAMPLES = 3
 _SAMPLE: dict[str, Any] = {"color": BLUE, "lw": 0.6, "alpha": 0.6}
 _POSTERIOR: dict[str, Any] = {"color": GREY, "lw": 0.9, "ls": (0, (3, 2))}
+_KEY, _LEGEND_HOLDS = 8, 150  # letters that an entry's line or dot takes, and a legend's row
 _TRUTH: dict[str, Any] = {"color": GREY, "lw": 1.2, "ls": (0, (4, 2))}
 _HELD_OUT_DOTS: dict[str, Any] = {
     "color": GREY, "ls": "none", "marker": ".", "ms": 4.5, "mew": 0, "alpha": 0.5,
@@ -181,7 +182,7 @@ def _samples(scene: Scene, context: tuple[Tensor, Tensor], grid: Tensor) -> list
     prediction = scene.learner.predict(*context, at[:, order.to(at.device)])
     if not isinstance(prediction, Predictive):
         return []
-    drawn = numbers(prediction.sample(torch.Size([_SAMPLES]))[..., 0])
+    drawn = numbers(prediction.functions(_SAMPLES)[..., 0])
     return list(drawn[..., order.argsort().numpy()])
 
 
@@ -199,7 +200,8 @@ def _legend_of_functions(figure: Figure, panel: Axes, metric: str, scored: bool)
     if scored:
         name = METRIC_LABELS.get(metric.partition("@")[0], metric)
         handles.append(Line2D([], [], ls="none", label=f"grey number: held-out {name}"))
-    columns = len(handles) if len(handles) <= 6 else -(-len(handles) // 2)  # as the width holds
+    letters = sum(len(str(handle.get_label())) + _KEY for handle in handles)
+    columns = len(handles) if letters <= _LEGEND_HOLDS else -(-len(handles) // 2)
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.6
     )
