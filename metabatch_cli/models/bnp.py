@@ -74,11 +74,12 @@ class Bootstrapping(nn.Module):
         x, y, mask = _repeated(x, samples), _repeated(y, samples), _repeated(mask, samples)
         if not x.shape[1]:
             return y
-        chosen = _with_replacement(x, mask)
-        codes = self.encode(_at(x, chosen), _at(y, chosen), x)
+        chosen, again = _with_replacement(x, mask)
+        # as many points are drawn as are real
+        codes = self.encode(_at(x, chosen), _at(y, chosen), x, mask)
         prediction = self.decode(codes, x)
         mean, sigma = prediction.mean, prediction.stddev
-        residuals = _at((y - mean) / sigma, _with_replacement(x, mask))
+        residuals = _at((y - mean) / sigma, again)
         residuals = residuals - masked_mean(residuals, mask)[:, None]
         return mean + sigma * residuals
 
@@ -95,13 +96,21 @@ def _repeated(part: Part, samples: int) -> Part:
     return part if part is None else part.repeat(samples, *[1] * (part.dim() - 1))
 
 
-def _with_replacement(x: Tensor, mask: Tensor | None) -> Tensor:
-    """As many numbers of real points as there are points, `[tasks, points]`, drawn evenly."""
+def _with_replacement(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two draws of as many points as there are, all real: their numbers, `[tasks, points]`."""
     n_tasks, n_points, _ = x.shape
     if mask is None:
-        return torch.randint(n_points, (n_tasks, n_points), device=x.device)
-    weights = (mask | ~mask.any(dim=1, keepdim=True)).to(x.dtype)
-    return torch.multinomial(weights, n_points, replacement=True)
+        one, other = (
+            torch.randint(n_points, (n_tasks, n_points), device=x.device) for _ in range(2)
+        )
+        return one, other
+    # point after point: those of a longer padding are drawn after all others
+    drawn = torch.rand(n_points, 2, n_tasks, device=x.device).permute(1, 2, 0)
+    count = mask.sum(dim=1)[:, None]
+    place = (drawn * count).long().minimum((count - 1).clamp(min=0))
+    real_first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    one, other = (real_first.gather(1, places) for places in place)
+    return one, other
 
 
 def _at(values: Tensor, chosen: Tensor) -> Tensor:
