@@ -14,6 +14,14 @@ def at_least(name: str, value: Any, least: int) -> Any:
     return value
 
 
+def one_of(name: str, value: Any, names: Iterable[str]) -> Any:
+    """The value; ValueError where it is none of the names."""
+    names = list(names)
+    if value not in names:
+        raise ValueError(f"{name}={value!r}: {choose_from(value, names)}")
+    return value
+
+
 def choose_from(wrong: object, names: Iterable[str]) -> str:
     """The end of a message about a wrong name: what there is, and the nearest of it."""
     names = list(names)

@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners import objectives
 from metabatch_cli.learners.learner import Learner, Metric
@@ -38,7 +39,7 @@ class AutoregressiveDeployment(Learner):
         most_points: context points at a time; more take several passes of the network.
 
     Raises:
-        ValueError: the learner cannot.
+        ValueError: the learner cannot, or there is no such order.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class AutoregressiveDeployment(Learner):
         if reason is not None:
             raise ValueError(f"{type(learner).__name__} cannot: {reason}")
         self.learner = learner
-        self.order = order
+        self.order = one_of("order", order, ("given", "random"))
         self.most_points = most_points
         self.has_spread = learner.has_spread
 

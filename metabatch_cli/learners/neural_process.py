@@ -10,6 +10,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners import objectives
 from metabatch_cli.learners.learner import Learner, Metric
@@ -49,6 +50,9 @@ class NeuralProcess(Learner):
         eval_samples: the same in evaluation.
         normalisation: `x_mean, x_std, y_mean, y_std`, a number for each dimension: the network
             sees normalised numbers, while predictions and scores are in the data's own units.
+
+    Raises:
+        ValueError: a name that is none of those above, or an objective that the model cannot have.
     """
 
     def __init__(
@@ -64,10 +68,10 @@ class NeuralProcess(Learner):
     ) -> None:
         super().__init__()
         self.model = model
+        self.scoring = one_of("scoring", scoring, ("marginal", "joint"))
         self.loss = objectives.choose(objective, scoring, model)
-        self.scoring = scoring
-        self.loss_on = loss_on
-        self.loss_per = loss_per
+        self.loss_on = one_of("loss_on", loss_on, ("target", "context+target"))
+        self.loss_per = one_of("loss_per", loss_per, ("point", "task"))
         self.samples, self.eval_samples = samples, eval_samples
         parameters = inspect.signature(model.forward).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

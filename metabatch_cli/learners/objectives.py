@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from metabatch_cli.models.predictive import joint_log_prob, log_mean_exp, marginals
+from metabatch_cli.batching.arguments import one_of
+from metabatch_cli.models.predictive import joint_log_prob, log_mean_exp, marginals, summed
 
 Objective = Literal["likelihood", "elbo", "iwae", "bootstrap"]
 
@@ -19,7 +20,7 @@ class Judged(NamedTuple):
 
     Attributes:
         context_x, context_y: `[tasks, n_context, …]`.
-        x, y: `[tasks, points, …]`, targets first… or the context's points before them.
+        x, y: `[tasks, points, …]`: the targets, or the context's points and then the targets.
         context_mask, mask: bool `[tasks, points]`, True where a point is real; None if all are.
         holds_context: whether the context's points are among them.
     """
@@ -49,7 +50,7 @@ Loss = Callable[[nn.Module, Ask, Judged, int], Tensor]
 
 def marginal_likelihood(model: nn.Module, ask: Ask, judged: Judged, samples: int) -> Tensor:
     """`−Σ log p(y_i | C)`: every point by itself (Garnelo et al. 2018, arXiv:1807.01613, eq. 4)."""
-    return -_summed(marginals(_predicted(ask, judged)).log_prob(judged.y), judged.mask)
+    return -summed(marginals(_predicted(ask, judged)).log_prob(judged.y), judged.mask)
 
 
 def joint_likelihood(model: nn.Module, ask: Ask, judged: Judged, samples: int) -> Tensor:
@@ -68,7 +69,7 @@ def elbo(model: nn.Module, ask: Ask, judged: Judged, samples: int) -> Tensor:
     `samples` draws.
     """
     prior, posterior, _, paths = _latent(model, judged, samples)
-    expected = _summed(paths.log_prob(judged.y), judged.mask).mean(dim=0)
+    expected = summed(paths.log_prob(judged.y), judged.mask).mean(dim=0)
     return kl_divergence(posterior, prior) - expected
 
 
@@ -79,7 +80,7 @@ def iwae(model: nn.Module, ask: Ask, judged: Judged, samples: int) -> Tensor:
     TNP paper trains its NP and ANP, with K = 4.
     """
     prior, posterior, z, paths = _latent(model, judged, samples)
-    likelihood = _summed(paths.log_prob(judged.y), judged.mask)
+    likelihood = summed(paths.log_prob(judged.y), judged.mask)
     return -log_mean_exp(likelihood + prior.log_prob(z) - posterior.log_prob(z), dim=0)
 
 
@@ -93,15 +94,16 @@ def bootstrap(model: nn.Module, ask: Ask, judged: Judged, samples: int) -> Tenso
     )
     alone = base.log_prob(judged.y)
     of_samples = log_mean_exp(paths.paths.log_prob(judged.y), dim=0)
-    return -_summed(alone + of_samples, judged.mask)
+    return -summed(alone + of_samples, judged.mask)
 
 
 def choose(name: Objective, scoring: Literal["marginal", "joint"], model: nn.Module) -> Loss:
     """The objective of a name.
 
     Raises:
-        ValueError: the model has not what it takes.
+        ValueError: there is none of that name, or the model has not what it takes.
     """
+    one_of("objective", name, get_args(Objective))
     if name == "likelihood":
         return marginal_likelihood if scoring == "marginal" else joint_likelihood
     loss, part = {
@@ -159,10 +161,3 @@ def _latent(
     z = posterior.rsample([samples])
     paths = model.decode(z, context_x, context_y, judged.x, context_mask)  # type: ignore[operator]
     return prior, posterior, z, paths
-
-
-def _summed(of_points: Tensor, mask: Tensor | None) -> Tensor:
-    """`[…, tasks, points]` → `[…, tasks]` over real points."""
-    if mask is not None:
-        of_points = of_points.masked_fill(~mask, 0)
-    return of_points.sum(dim=-1)

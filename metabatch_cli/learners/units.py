@@ -17,6 +17,9 @@ class Units(nn.Module):
 
     Args:
         normalisation: `x_mean, x_std, y_mean, y_std`, a number for each dimension.
+
+    Raises:
+        ValueError: one of these is missing, or a deviation is not above 0.
     """
 
     x_mean: Tensor
@@ -27,7 +30,11 @@ class Units(nn.Module):
     def __init__(self, normalisation: Mapping[str, Any]) -> None:
         super().__init__()
         for name in ("x_mean", "x_std", "y_mean", "y_std"):
+            if name not in normalisation:
+                raise ValueError(f"normalisation has no {name!r}, only {', '.join(normalisation)}")
             numbers = torch.as_tensor(normalisation[name], dtype=torch.get_default_dtype())
+            if name.endswith("std") and not (numbers > 0).all():
+                raise ValueError(f"normalisation.{name}={normalisation[name]} must be above 0")
             self.register_buffer(name, numbers)
 
     def of_x(self, x: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Le
 from torch import Tensor
 from torch.distributions import Independent, Normal
 from torch.nn import functional as F
+
+from metabatch_cli.batching.arguments import one_of
 
 Sigma = Literal["scaled", "additive", "exp"]
 """How a raw number becomes σ, with m = `min_sigma`: `m + (1 − m)·softplus`, `m + softplus`, or
@@ -43,5 +45,5 @@ def positive(raw: Tensor, least: float, form: Sigma) -> Tensor:
     """A positive number of at least `least` from any number."""
     if form == "exp":
         return least + raw.exp()
-    scale = 1 - least if form == "scaled" else 1.0
+    scale = 1 - least if one_of("sigma", form, get_args(Sigma)) == "scaled" else 1.0
     return least + scale * F.softplus(raw)

@@ -105,7 +105,7 @@ class Paths(Predictive):
 
     def log_prob(self, value: Tensor) -> Tensor:
         of_points = self.paths.log_prob(self._real(value)[..., None, :, :, :])
-        return log_mean_exp(_summed(of_points, self.mask), dim=-2)
+        return log_mean_exp(summed(of_points, self.mask), dim=-2)
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """`[*sample_shape, tasks, n_target, dim_y]`; which path it is bears no gradient."""
@@ -279,8 +279,10 @@ class Autoregressive(Predictive):
         return self.alone()
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if value.dim() > 3:
+            return torch.stack([self.log_prob(each) for each in value])
         value = self._real(value)
-        return _summed(self.given(value).log_prob(value), self.mask)
+        return summed(self.given(value).log_prob(value), self.mask)
 
     def scaled(self, shift: Tensor, scale: Tensor) -> Autoregressive:
         return Autoregressive(
@@ -333,8 +335,8 @@ def joint_log_prob(prediction: Distribution, y: Tensor, mask: Tensor | None = No
     return blank(prediction.log_prob(y), mask).sum(dim=1)
 
 
-def _summed(of_points: Tensor, mask: Tensor | None) -> Tensor:
-    """`[…, tasks, n_target]` → `[…, tasks]` over real targets."""
+def summed(of_points: Tensor, mask: Tensor | None) -> Tensor:
+    """`[…, tasks, points]` → `[…, tasks]` over real points."""
     if mask is not None:
         of_points = of_points.masked_fill(~mask, 0)
     return of_points.sum(dim=-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.nn import functional as F
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.models.attention import attend
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal, positive
 from metabatch_cli.models.masking import blank
@@ -251,6 +252,7 @@ class TNPND(nn.Module):
         min_sigma: Annotated[float, Gt(0), Le(1)] = 0.001,
     ) -> None:
         super().__init__()
+        one_of("covariance", covariance, ("low_rank", "cholesky"))
         self.dim_y, self.rank, self.min_sigma = dim_y, rank, min_sigma
         self.transformer = Transformer(dim_x, dim_y, width, heads, hidden, depth, embedder_depth)
         self.head = layers([width, hidden, dim_y])

@@ -258,3 +258,8 @@ def test_a_joint_model_is_asked_for_one_target_at_a_time():
     # the context tells it nothing: one by one its targets are independent
     torch.testing.assert_close(scores[AUTOREGRESSIVE], scores["log_likelihood"])
     assert set(scores) > {"log_likelihood@scoring=joint", AUTOREGRESSIVE}
+
+
+def test_an_order_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"order='sorted': choose from given, random"):
+        AutoregressiveDeployment(network(), order="sorted")

@@ -190,6 +190,12 @@ def test_an_objective_that_a_model_cannot_have_is_refused(objective, said):
         NeuralProcess(of(CNP, width=8), objective=objective)
 
 
+@pytest.mark.parametrize("name", ["objective", "scoring", "loss_on", "loss_per"])
+def test_a_name_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}='joined': choose from "):
+        NeuralProcess(of(CNP, width=8), **{name: "joined"})
+
+
 # --- units -------------------------------------------------------------------------------------
 
 UNITS = {"x_mean": [3.0], "x_std": [10.0], "y_mean": [-40.0], "y_std": [5.0]}
@@ -245,6 +251,18 @@ def test_units_are_saved_with_the_weights():
 def test_without_normalisation_there_are_no_units():
     learner = NeuralProcess(of(CNP, width=8), normalisation={})
     assert not [name for name in learner.state_dict() if "units" in name]
+
+
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [
+        ({"mean": 0.0, "std": 1.0}, r"normalisation has no 'x_mean', only mean, std"),
+        (UNITS | {"y_std": [0.0]}, r"normalisation\.y_std=\[0\.0\] must be above 0"),
+    ],
+)
+def test_units_that_cannot_be_are_refused(units, said):
+    with pytest.raises(ValueError, match=said):
+        NeuralProcess(of(CNP, width=8), normalisation=units)
 
 
 def test_a_bootstrap_draws_only_real_points():

@@ -20,7 +20,9 @@ from metabatch_cli.batching import PaddedTask, Task
 from metabatch_cli.config.check import FROM_SPEC
 from metabatch_cli.config.compose import config_dir
 from metabatch_cli.learners.neural_process import NeuralProcess
+from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.predictive import Predictive, joint_log_prob, marginals
+from metabatch_cli.models.tnp import TNPND
 from tests.models.examples import MODELS, Points, model, padded, points, predict
 
 seeds = st.integers(0, 2**16)
@@ -227,6 +229,39 @@ def test_a_context_that_is_all_padding_is_an_empty_one(name, more, seed):
 
 
 # --- padding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n, example in MODELS.items() if example.draws == "points"])
+@given(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), seeds)
+def test_a_bootstrap_draws_as_many_points_as_are_real_whatever_the_padding(
+    name, n_context, more, still_more, seed
+):
+    batch = points(name, n_context=n_context, seed=seed)
+    network = model(name)
+    found = []
+    for length in (more, more + still_more):
+        alone, together = likelihoods(network, padded(batch, length, 0, fill=1.0, seed=length))
+        found.append([alone, together, *gradients(network, alone.sum() + together.sum())])
+    assert_same(*found)
+
+
+@given(sizes, st.integers(1, 3), seeds)
+def test_the_published_covariance_of_tnp_nd_heeds_padding(n_target, more, seed):
+    torch.manual_seed(seed)
+    network = TNPND(2, 2, rank=3, covariance="cholesky", width=8, heads=2, hidden=8).double()
+    batch = points("tnp_nd", n_target=n_target, seed=seed)
+    plain, longer = (likelihoods(network, b) for b in (batch, padded(batch, 2, more, fill=1.0)))
+    assert_same((longer[0][:, :n_target], longer[1]), plain)
+
+
+def test_a_tnp_nd_has_one_of_two_covariances():
+    with pytest.raises(ValueError, match=r"covariance='diagonal': choose from low_rank, cholesky"):
+        TNPND(1, 1, covariance="diagonal")
+
+
+def test_a_deviation_is_made_in_one_of_three_ways():
+    with pytest.raises(ValueError, match=r"sigma='softplus': choose from scaled, additive, exp"):
+        predict(CNP(2, 2, width=8, sigma="softplus").double(), points("cnp"))
 
 
 @same_draws_for_other_points

@@ -166,7 +166,23 @@ def test_an_autoregressive_density_is_that_of_the_real_targets_before_padding():
     assert_same(found, naive("autoregressive", p, mask, p["y"]))
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+def test_an_autoregressive_density_is_asked_for_one_value_at_a_time():
+    p = parts(4, 2)
+    alone, given_y = chain(p)
+    shapes = []
+
+    def one(y: Tensor) -> Distribution:
+        shapes.append(y.shape)  # a network takes no more dimensions than these
+        return given_y(y)
+
+    values = torch.stack([p["y"], p["y"] + 1])
+    prediction = Autoregressive(alone, one, p["mean"])
+    together = prediction.log_prob(values)
+    assert set(shapes) == {p["y"].shape}
+    assert_same(together, torch.stack([prediction.log_prob(value) for value in values]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_densities_of_several_values_at_once_are_those_of_each(kind, mask):
     p = parts(4, 2)
