@@ -342,7 +342,15 @@ class _Columns:
             for part in ("year", "month", "day")
         }
         months = (whole["year"] - 1970).astype("datetime64[Y]").astype("datetime64[M]")
-        days = (months + (whole["month"] - 1)).astype("datetime64[D]") + (whole["day"] - 1)
+        months += whole["month"] - 1
+        days = months.astype("datetime64[D]") + (whole["day"] - 1)
+        late = days.astype("datetime64[M]") != months
+        if late.any():
+            row = int(late.argmax())
+            raise DataError(
+                f"time.day={self.time['day']!r}: {self.path} has {whole['day'][row]} in row "
+                f"{row + 1:,}, which {months[row]} has not"
+            )
         hours = 24.0 * days.astype(np.int64)
         for part, of_an_hour in _HOURS.items():
             hours = hours + parts.get(part, np.zeros(self.rows)) / of_an_hour

@@ -118,7 +118,12 @@ def evaluate(
 
 
 def summarise(values: Tensor) -> dict[str, Any]:
-    """Mean and 95% interval (half-width, normal) of one number for each task, `[tasks]`."""
+    """Mean and 95% interval (half-width, normal) of one number for each task, `[tasks]`.
+
+    Tasks count as drawn independently. Those of a batch share their sizes, though (and what else
+    a task set draws by the batch): the interval is about other tasks of the sizes of this
+    evaluation. Over other sizes too, where scores depend on them, means differ by more.
+    """
     count = len(values)
     ci95 = Z95 * values.std().item() / math.sqrt(count) if count > 1 else None
     return {"mean": values.mean().item(), "ci95": ci95, "tasks": count}

@@ -294,6 +294,13 @@ def test_a_month_that_does_not_exist_is_named(tmp_path):
         TableFile(path, "who", "elapsed", "y", {"year": "y", "month": "m"})
 
 
+def test_a_day_that_its_month_has_not_is_named(tmp_path):
+    columns = {"who": list("aaa"), "d": [29, 29, 1], "m": [2, 2, 3], "y": [2000, 2001, 2001]}
+    path = save(tmp_path / "t.csv", columns)
+    with pytest.raises(DataError, match=r"time.day='d': .* 29 in row 2, which 2001-02 has not"):
+        TableFile(path, "who", "elapsed", "y", {"year": "y", "month": "m", "day": "d"})
+
+
 # --- normalisation ---------------------------------------------------------------------------
 
 
