@@ -97,6 +97,18 @@ def test_a_run_stopped_up_to_three_times_anywhere_equals_an_undisturbed_one(stop
     assert_same_run(directory, uninterrupted(*overrides))
 
 
+@pytest.mark.parametrize(
+    ("network", "objective"),
+    [("np", "iwae"), ("anp", "elbo"), ("bnp", "bootstrap"), ("banp", "likelihood")],
+)
+def test_networks_that_draw_go_on_drawing(tmp_path, network, objective):
+    own = f"model={network}", "model.encoder_depth=3", f"learner.objective={objective}"
+    overrides = (*own, *UNEVEN)
+    disturb(tmp_path, 5, "killed after the step", *overrides)
+    run(tmp_path, *overrides)
+    assert_same_run(tmp_path, uninterrupted(*overrides))
+
+
 @pytest.mark.parametrize("step", [1, 5, 10])
 def test_rows_that_were_logged_beyond_the_checkpoint_are_cut_off(tmp_path, step):
     disturb(tmp_path, step, "killed after a row", "trainer.checkpoint_every=4")
