@@ -65,6 +65,16 @@ def _attend_in_cache(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     return torch.bmm(weights.mT, parts[2]).unflatten(0, query.shape[:2])
 
 
+def begin_as_torchs(of_query: nn.Linear, of_seen: nn.Linear, out: nn.Linear) -> None:
+    """Draw the weights of an attention as `nn.MultiheadAttention` does, queries, keys and values
+    being parts of one product."""
+    for projection in (of_query, of_seen):
+        bound = math.sqrt(6 / (4 * projection.in_features))
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.zeros_(projection.bias)
+    nn.init.zeros_(out.bias)
+
+
 class AttentionBlock(nn.Module):
     """The attention of attentive neural processes as the TNP paper's code has it.
 

@@ -163,6 +163,16 @@ class Decoder(nn.Module):
         return self.layers[1:](hidden)
 
 
+def with_flag(x: Tensor, y: Tensor | None, dim_y: int) -> Tensor:
+    """Points `[tasks, points, dim_x + dim_y + 1]` whose last number says whether y is known.
+
+    That a target's y is unknown is not the same as that it is 0.
+    """
+    if y is None:
+        return torch.cat([x, x.new_zeros(*x.shape[:2], dim_y + 1)], dim=-1)
+    return torch.cat([x, y, x.new_ones(*x.shape[:2], 1)], dim=-1)
+
+
 def _mean(points: Tensor, mask: Tensor | None) -> Tensor:
     """Over the points, 0 over none."""
     if not points.shape[1]:

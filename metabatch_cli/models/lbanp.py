@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from metabatch_cli.models.attention import attend
+from metabatch_cli.models.attention import attend, begin_as_torchs
+from metabatch_cli.models.encoders import with_flag
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
 from metabatch_cli.models.mlp import layers
 
@@ -38,11 +38,7 @@ class PreNormLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.feed1 = nn.Linear(width, hidden)
         self.feed2 = nn.Linear(hidden, width)
-        for projection in (self.of_query, self.of_seen):  # as torch's own attention begins
-            bound = math.sqrt(6 / (4 * width))
-            nn.init.uniform_(projection.weight, -bound, bound)
-            nn.init.zeros_(projection.bias)
-        nn.init.zeros_(self.out.bias)
+        begin_as_torchs(self.of_query, self.of_seen, self.out)
 
     def forward(
         self, tokens: Tensor, seen: Tensor | None = None, mask: Tensor | None = None
@@ -119,8 +115,8 @@ class LBANP(nn.Module):
         Returns:
             Normal, batch `[tasks, n_target]`, event `[dim_y]`.
         """
-        context = self.embedder(self._points(context_x, context_y))
-        targets = self.embedder(self._points(target_x, None))
+        context = self.embedder(with_flag(context_x, context_y, self.dim_y))
+        targets = self.embedder(with_flag(target_x, None, self.dim_y))
         latents = self.latents.expand(len(context_x), -1, -1)
         for read, think, answer in zip(self.read, self.think, self.answer, strict=True):
             latents = think(read(latents, context, context_mask))
@@ -128,9 +124,3 @@ class LBANP(nn.Module):
         raw = self.head(self.norm(targets))
         # the likelihood is no place for bfloat16
         return normal(raw.to(target_x.dtype), self.min_sigma, self.sigma)
-
-    def _points(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """`[tasks, points, dim_x + dim_y + 1]`, with a flag that y is known."""
-        if y is None:
-            return torch.cat([x, x.new_zeros(*x.shape[:2], self.dim_y + 1)], dim=-1)
-        return torch.cat([x, y, x.new_ones(*x.shape[:2], 1)], dim=-1)

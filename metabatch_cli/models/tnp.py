@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +11,8 @@ from torch.distributions import Independent
 from torch.nn import functional as F
 
 from metabatch_cli.batching.arguments import one_of
-from metabatch_cli.models.attention import attend
+from metabatch_cli.models.attention import attend, begin_as_torchs
+from metabatch_cli.models.encoders import with_flag
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal, positive
 from metabatch_cli.models.masking import blank
 from metabatch_cli.models.mlp import layers
@@ -38,11 +38,7 @@ class TransformerLayer(nn.Module):
         self.feed2 = nn.Linear(hidden, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
-        for projection in (self.of_query, self.of_context):  # as torch's own attention begins
-            bound = math.sqrt(6 / (4 * width))
-            nn.init.uniform_(projection.weight, -bound, bound)
-            nn.init.zeros_(projection.bias)
-        nn.init.zeros_(self.out.bias)
+        begin_as_torchs(self.of_query, self.of_context, self.out)
 
     def forward(self, tokens: Tensor, seen: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens `[tasks, n, width]` look at `seen [tasks, n_seen, width]` → as `tokens`."""
@@ -79,15 +75,12 @@ class Transformer(nn.Module):
         if width % heads:
             raise ValueError(f"heads={heads} do not divide width={width}")
         self.dim_y = dim_y
-        # a target's y is unknown, which is not the same as 0: a flag says so
         self.embedder = layers([dim_x + dim_y + 1, *[width] * embedder_depth])
         self.layers = nn.ModuleList(TransformerLayer(width, heads, hidden) for _ in range(depth))
 
     def points(self, x: Tensor, y: Tensor | None) -> Tensor:
         """Inputs `[tasks, points, dim_x + dim_y + 1]` of points whose y is known, or not."""
-        shape = (*x.shape[:2], self.dim_y)
-        known = x.new_zeros(*x.shape[:2], 1) if y is None else x.new_ones(*x.shape[:2], 1)
-        return torch.cat([x, x.new_zeros(shape) if y is None else y, known], dim=-1)
+        return with_flag(x, y, self.dim_y)
 
     def forward(
         self, context_x: Tensor, context_y: Tensor, target_x: Tensor, mask: Tensor | None = None
