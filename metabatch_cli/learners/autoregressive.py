@@ -88,7 +88,8 @@ class AutoregressiveDeployment(Learner):
         if self.order == "random":  # on the CPU: the same on every device
             order = torch.rand(target_x.shape[:2]).argsort(dim=1).to(target_x.device)
         task = (context_x, context_y, target_x, context_mask, target_mask)
-        return OneByOne(self.learner.predict, *task, order=order, most_points=self.most_points)
+        most = max(1, self.most_points // self.learner.copies)
+        return OneByOne(self.learner.predict, *task, order=order, most_points=most)
 
     def about(self, metric: str) -> dict[str, str]:
         if metric != AUTOREGRESSIVE:

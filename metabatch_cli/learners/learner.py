@@ -38,6 +38,9 @@ class Learner(nn.Module):
     has_spread = True
     """Whether the deviation of `predict` means something: figures show it then."""
 
+    copies = 1
+    """How many copies of a context `predict` computes with at a time."""
+
     @property
     def metric(self) -> Metric:
         """The entry of `score` that picks the best checkpoint."""

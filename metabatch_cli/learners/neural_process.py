@@ -84,6 +84,13 @@ class NeuralProcess(Learner):
         name = "log_likelihood" if self.scoring == "marginal" else JOINT
         return Metric(name, higher_is_better=True)
 
+    @property
+    def copies(self) -> int:  # type: ignore[override]
+        """Every sample of a bootstrap has a context of its own."""
+        if not hasattr(self.model, "bootstrap"):
+            return 1
+        return self.samples if self.training else self.eval_samples
+
     def forward(self, tasks: Tasks) -> Tensor:
         judged = self._judged(tasks)
         losses = self.loss(self.model, self._ask, judged, self.samples)

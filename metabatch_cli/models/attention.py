@@ -111,10 +111,10 @@ class AttentionBlock(nn.Module):
         query, key, value = F.linear(points, torch.cat(weights)).chunk(3, dim=-1)
         attended = attend(query, key, value, self.heads, mask, self.scale)
         if first:
-            among = [part[:, :first] for part in (query, key, value)]
+            asked, of_key, of_value = (part[:, :first] for part in (query, key, value))
             known = None if mask is None else mask[:, :first]
-            alone = attend(*among, self.heads, known, self.scale)  # type: ignore[misc]
-            query = torch.cat([among[0], query], dim=1)
+            alone = attend(asked, of_key, of_value, self.heads, known, self.scale)
+            query = torch.cat([asked, query], dim=1)
             attended = torch.cat([alone, attended], dim=1)
         return self._finished(query, attended)
 

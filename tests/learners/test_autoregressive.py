@@ -13,6 +13,7 @@ from metabatch_cli.learners.autoregressive import AUTOREGRESSIVE, Autoregressive
 from metabatch_cli.learners.maml import MAML
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.learners.protonet import ProtoNet
+from metabatch_cli.models.bnp import BNP
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.predictive import Paths
 from tasksets.gp import GaussianProcess
@@ -258,6 +259,24 @@ def test_a_joint_model_is_asked_for_one_target_at_a_time():
     # the context tells it nothing: one by one its targets are independent
     torch.testing.assert_close(scores[AUTOREGRESSIVE], scores["log_likelihood"])
     assert set(scores) > {"log_likelihood@scoring=joint", AUTOREGRESSIVE}
+
+
+def test_the_contexts_of_bootstraps_are_among_the_points_at_a_time():
+    found = []
+
+    class Counting(BNP):
+        def encode(self, context_x, context_y, target_x, mask=None):
+            found.append(context_x.shape[:2].numel())
+            return super().encode(context_x, context_y, target_x, mask)
+
+    learner = NeuralProcess(Counting(1, 1, width=8), eval_samples=20).double().eval()
+    for most_points in (2**16, 600):
+        found.clear()
+        AutoregressiveDeployment(learner, most_points=most_points).predict(
+            *regression(n_context=5)[:3]
+        ).log_prob(regression(n_context=5).target_y)
+        assert max(found) <= most_points
+    assert len(found) > 3
 
 
 def test_an_order_that_is_none_is_refused():
