@@ -119,7 +119,8 @@ class Paths(Predictive):
         return drawn.reshape(shape)
 
     def functions(self, count: int) -> Tensor:
-        return self.paths.mean[:count]
+        number = torch.arange(count, device=self.paths.mean.device) % self.paths.batch_shape[0]
+        return self.paths.mean[number]
 
     def scaled(self, shift: Tensor, scale: Tensor) -> Paths:
         return Paths(scaled_normal(self.paths, shift, scale), self.mask)
