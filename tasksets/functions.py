@@ -13,7 +13,8 @@ from torch import Tensor
 from metabatch_cli.batching.sizes import SizeLaw
 from metabatch_cli.batching.streams import uniforms
 from metabatch_cli.batching.task import Task
-from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from metabatch_cli.batching.taskset import Split, TaskSpec
+from tasksets.points import DrawnTaskSet, as_count, as_range, divided
 
 Range = float | tuple[float, float]
 
@@ -30,7 +31,7 @@ class Family:
 
     def __init__(self, **ranges: Range | Sequence[float]) -> None:
         self.names = tuple(ranges)
-        bounds = [_as_range(name, value) for name, value in ranges.items()]
+        bounds = [as_range(name, value) for name, value in ranges.items()]
         self.low = torch.tensor([low for low, _ in bounds])
         self.width = torch.tensor([high - low for low, high in bounds])
 
@@ -118,7 +119,7 @@ class Sawtooth(Family):
         return amplitude * torch.remainder(frequency * turned + phase, 1.0) + offset
 
 
-class Functions(TaskSet):
+class Functions(DrawnTaskSet):
     """Tasks of points on functions of a family: context and target are drawn alike.
 
     Context and target points are independent draws from `x_range`; noise is added to both.
@@ -165,18 +166,11 @@ class Functions(TaskSet):
             split=split,
         )
         self.dataset = dataset
-        self.x_range = _as_range("x_range", x_range)
+        self.x_range = as_range("x_range", x_range)
         if noise < 0:
             raise ValueError(f"noise={noise} is a standard deviation: at least 0")
-        if n_tasks is not None and n_tasks < 1:
-            raise ValueError(f"n_tasks={n_tasks} must be at least 1, or null for no end")
         self.noise = noise
-        self.n_tasks = n_tasks
-
-    def __len__(self) -> int:
-        if self.n_tasks is None:
-            raise TypeError("an infinite task set has no length: every index is a fresh function")
-        return self.n_tasks
+        self.n_tasks = as_count(n_tasks)
 
     def __gettasks__(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
@@ -194,13 +188,7 @@ class Functions(TaskSet):
         y = self.dataset(x, parameters)
         if self.noise:
             y = y + self.noise * torch.randn(y.shape, **anywhere)
-        return Task(
-            x[:, :n_context].contiguous(),
-            y[:, :n_context].contiguous(),
-            x[:, n_context:].contiguous(),
-            y[:, n_context:].contiguous(),
-            {"parameters": parameters},
-        )
+        return divided(x, y, n_context, {"parameters": parameters})
 
     @property
     def spec(self) -> TaskSpec:
@@ -208,10 +196,3 @@ class Functions(TaskSet):
 
     def truth(self, tasks: Task, x: Tensor) -> Tensor:
         return self.dataset(x, tasks.aux["parameters"].to(x.device, x.dtype))
-
-
-def _as_range(name: str, value: Any) -> tuple[float, float]:
-    bounds = (value, value) if isinstance(value, (int, float)) else tuple(value)
-    if len(bounds) != 2 or bounds[1] < bounds[0]:
-        raise ValueError(f"{name}={value!r} must be a number or a range [low, high]")
-    return float(bounds[0]), float(bounds[1])

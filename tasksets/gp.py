@@ -10,11 +10,13 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from metabatch_cli.batching.arguments import at_least, one_of
 from metabatch_cli.batching.sizes import SizeLaw
 from metabatch_cli.batching.streams import uniforms
 from metabatch_cli.batching.task import Task
-from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from metabatch_cli.batching.taskset import Split, TaskSpec
 from tasksets.kernels import Kernel
+from tasksets.points import DrawnTaskSet, as_count, as_range, divided
 
 JITTER = 1e-10
 """Of the variance, added to it: without noise, rounding would make near points' covariances
@@ -23,7 +25,7 @@ indefinite. In float64 this is far more than rounding, and far less than any noi
 _REMEMBERED = 20_000  # functions of a finite set, 2 KB each
 
 
-class GaussianProcess(TaskSet):
+class GaussianProcess(DrawnTaskSet):
     """Tasks of noisy points on functions of a Gaussian process: each task draws hyper-parameters,
     points, and the function's values there.
 
@@ -90,50 +92,32 @@ class GaussianProcess(TaskSet):
             split=split,
         )
         self.dataset = dataset
-        self.x_range = _as_interval("x_range", x_range)
+        self.x_range = as_range("x_range", x_range)
         if target_x_range is None:
             self.target_x_range = self.x_range
         else:
-            self.target_x_range = _as_interval("target_x_range", target_x_range)
-        if dim_x < 1:
-            raise ValueError(f"dim_x={dim_x} must be at least 1")
+            self.target_x_range = as_range("target_x_range", target_x_range)
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise={noise} is a standard deviation: at least 0")
-        if vary not in ("task", "batch"):
-            raise ValueError(f"vary={vary!r} must be 'task' or 'batch'")
+        one_of("vary", vary, ("task", "batch"))
         if vary == "batch" and n_tasks is not None:
             raise ValueError(
                 f"vary='batch' with n_tasks={n_tasks}: an index of a finite set names a function, "
                 "which has hyper-parameters of its own"
             )
-        if pool < 1:
-            raise ValueError(f"pool={pool} must be at least 1")
-        if n_tasks is not None and n_tasks < 1:
-            raise ValueError(f"n_tasks={n_tasks} must be at least 1, or null for no end")
-        self.dim_x = dim_x
+        self.dim_x = at_least("dim_x", dim_x, 1)
         self.noise = noise
         self.vary = vary
-        self.n_tasks = n_tasks
-        self.pool = pool
+        self.n_tasks = as_count(n_tasks)
+        self.pool = at_least("pool", pool, 1)
         self._known: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        if self.n_tasks is None:
-            raise TypeError("an infinite task set has no length: every index is a fresh function")
-        return self.n_tasks
 
     def __gettasks__(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
     ) -> Task:
         draw = self._fresh if self.n_tasks is None else self._from_pools
         x, y, parameters = draw(indices, n_context, n_target, generator)
-        return Task(
-            x[:, :n_context].contiguous(),
-            y[:, :n_context].contiguous(),
-            x[:, n_context:].contiguous(),
-            y[:, n_context:].contiguous(),
-            {"parameters": parameters},
-        )
+        return divided(x, y, n_context, {"parameters": parameters})
 
     def _fresh(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
@@ -292,10 +276,3 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _log_normal(white: Tensor, sigma: Tensor) -> Tensor:
     return -0.5 * (white.square() + math.log(2 * math.pi)) - sigma.log()
-
-
-def _as_interval(name: str, value: Any) -> tuple[float, float]:
-    bounds = tuple(value)
-    if len(bounds) != 2 or bounds[1] < bounds[0]:
-        raise ValueError(f"{name}={value!r} must be a range [low, high]")
-    return float(bounds[0]), float(bounds[1])

@@ -13,10 +13,11 @@ import numpy as np
 from annotated_types import Ge, Lt
 from PIL import Image, ImageOps
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.streams import Stream, permutation
 from metabatch_cli.batching.taskset import SPLITS, Split
 from tasksets.image_cache import Decoded, cached_images, open_image
-from tasksets.images import DataError, LabelledImages, check_choice
+from tasksets.images import DataError, LabelledImages
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
@@ -71,9 +72,9 @@ class ImageFolder:
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1")
-        check_choice("channels", channels, tuple(_MODES))
-        check_choice("split_by", split_by, ("class", "image"))
-        check_choice("fit", fit, ("crop", "stretch"))
+        one_of("channels", channels, tuple(_MODES))
+        one_of("split_by", split_by, ("class", "image"))
+        one_of("fit", fit, ("crop", "stretch"))
         if val < 0 or test < 0 or val + test >= 1:
             raise ValueError(f"val={val} and test={test} must be fractions that sum to less than 1")
         self.root = Path(root).expanduser().absolute()
@@ -92,7 +93,7 @@ class ImageFolder:
             DataError: no such folder, no images, one that cannot be read, or classes that
                 cannot be split.
         """
-        check_choice("split", split, SPLITS)
+        one_of("split", split, SPLITS)
         files = self._list()
         names, chosen = self._split(files, split)
         pixels, _ = cached_images(

@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
 from metabatch_cli.batching.task import Task
 from metabatch_cli.batching.taskset import SPLITS, Split, TaskSet, TaskSpec
@@ -20,12 +21,6 @@ from metabatch_cli.batching.taskset import SPLITS, Split, TaskSet, TaskSpec
 
 class DataError(ValueError):
     """Data that is missing or broken; the message names the file and says what to do."""
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse a value that is none of the choices, with a ValueError that names them."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose from {', '.join(map(str, choices))}")
 
 
 @runtime_checkable
@@ -168,7 +163,7 @@ def open_split(dataset: ImageDataset, split: Split | None, eval: bool) -> Labell
         TypeError: what the dataset gives are no `LabelledImages`.
     """
     chosen = split or ("val" if eval else "train")
-    check_choice("split", chosen, SPLITS)
+    one_of("split", chosen, SPLITS)
     images = dataset.select(chosen)
     if not isinstance(images, LabelledImages):
         raise TypeError(

@@ -17,9 +17,10 @@ import platformdirs
 from annotated_types import Ge
 from PIL import Image
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.taskset import SPLITS, Split
 from tasksets.image_cache import Decoded, cached_images, open_image
-from tasksets.images import DataError, LabelledImages, check_choice
+from tasksets.images import DataError, LabelledImages
 
 DRAWINGS = 20  # of every character
 TURNS = 4
@@ -78,8 +79,8 @@ class Omniglot:
         download: bool = True,
         train_on: Literal["train", "trainval"] = "train",
     ) -> None:
-        check_choice("split_by", split_by, ("vinyals", "alphabets"))
-        check_choice("train_on", train_on, ("train", "trainval"))
+        one_of("split_by", split_by, ("vinyals", "alphabets"))
+        one_of("train_on", train_on, ("train", "trainval"))
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1")
         self.folder = data_folder(data_dir) / "omniglot"
@@ -96,7 +97,7 @@ class Omniglot:
             DataError: a file that is missing and cannot be downloaded, or is not what it
                 should be.
         """
-        check_choice("split", split, SPLITS)
+        one_of("split", split, SPLITS)
         parts: list[Split] = [split]
         if split == "train" and self.train_on == "trainval":
             parts = ["train", "val"]

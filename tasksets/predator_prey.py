@@ -11,11 +11,13 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.sizes import SizeLaw
 from metabatch_cli.batching.streams import uniforms
 from metabatch_cli.batching.task import Task
-from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
+from metabatch_cli.batching.taskset import Split, TaskSpec
 from tasksets.functions import Family, Range
+from tasksets.points import DrawnTaskSet, as_count, divided
 
 _STEP = 0.025  # years
 _EVERY = 2  # steps from one population that is kept to the next
@@ -99,7 +101,7 @@ class LotkaVolterra(Family):
         return kept.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-class PredatorPrey(TaskSet):
+class PredatorPrey(DrawnTaskSet):
     """Tasks of populations at random times: x in years, y their sizes `[prey, predators]`.
 
     A task is a trajectory of a simulation of its own that began `warm_up` years before x = 0; it is
@@ -158,28 +160,20 @@ class PredatorPrey(TaskSet):
             sizes=sizes,
             split=split,
         )
-        if mode not in ("interpolation", "forecasting"):
-            raise ValueError(f"mode={mode!r} must be 'interpolation' or 'forecasting'")
+        one_of("mode", mode, ("interpolation", "forecasting"))
         if not 1 <= years < math.inf:
             raise ValueError(f"years={years} must be at least 1")
         if not 0 <= warm_up < math.inf:
             raise ValueError(f"warm_up={warm_up} must be at least 0 years")
-        if n_tasks is not None and n_tasks < 1:
-            raise ValueError(f"n_tasks={n_tasks} must be at least 1, or null for no end")
         self.dataset = dataset
         self.mode = mode
         self.years = years
         self.forecast_start = _within(forecast_start, years)
         self.warm_up = warm_up
-        self.n_tasks = n_tasks
+        self.n_tasks = as_count(n_tasks)
         self._skipped = round(warm_up / (_STEP * _EVERY))
         self._steps = _EVERY * (self._skipped + math.ceil(years / (_STEP * _EVERY)))
         self._known: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        if self.n_tasks is None:
-            raise TypeError("an infinite task set has no length: every index is a fresh trajectory")
-        return self.n_tasks
 
     def __gettasks__(
         self, indices: Tensor, n_context: int, n_target: int, generator: torch.Generator
@@ -204,13 +198,7 @@ class PredatorPrey(TaskSet):
             x[:, n_context:].mul_(self.years - start).add_(start)
         nearest = (x / (_STEP * _EVERY)).round_().long().clamp_(max=paths.shape[1] - 1)
         y = paths.gather(1, nearest.expand(-1, -1, 2))
-        return Task(
-            x[:, :n_context].contiguous(),
-            y[:, :n_context].contiguous(),
-            x[:, n_context:].contiguous(),
-            y[:, n_context:].contiguous(),
-            {"parameters": parameters},
-        )
+        return divided(x, y, n_context, {"parameters": parameters})
 
     @property
     def spec(self) -> TaskSpec:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.ragged import PaddedTask, Tasks
 from metabatch_cli.batching.sizes import WORDS, SizeLaw
 from metabatch_cli.batching.streams import Stream, permutation
@@ -21,7 +22,7 @@ from tasksets.baselines import (
     linear_interpolation,
     squared_errors,
 )
-from tasksets.images import DataError, check_choice
+from tasksets.images import DataError
 from tasksets.table_file import TableFile
 
 _FITTED = 8192  # training tasks that the σ of the baselines is fitted to
@@ -83,7 +84,7 @@ class Table(TaskSet):
         sizes: str | Mapping[str, Any] | SizeLaw = "metabatch",
         split: Split | None = None,
     ) -> None:
-        check_choice("context", context, ("random", "first"))
+        one_of("context", context, ("random", "first"))
         self.dataset = dataset
         self.context = context
         self.ragged = ragged

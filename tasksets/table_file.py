@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from annotated_types import Ge, Gt, Lt
 
-from metabatch_cli.batching.arguments import choose_from
+from metabatch_cli.batching.arguments import choose_from, one_of
 from metabatch_cli.batching.streams import Stream, permutation
 from metabatch_cli.batching.taskset import SPLITS, Split
-from tasksets.images import DataError, check_choice
+from tasksets.images import DataError
 from tasksets.omniglot import data_folder
 
 TimePart = Literal["year", "month", "day", "hour", "minute", "second"]
@@ -82,7 +82,7 @@ class TableFile:
         min_rows: Annotated[int, Ge(2)] = 2,
         missing: Literal["drop", "error"] = "drop",
     ) -> None:
-        check_choice("missing", missing, ("drop", "error"))
+        one_of("missing", missing, ("drop", "error"))
         if val < 0 or test < 0 or val + test >= 1:
             raise ValueError(f"val={val} and test={test} must be fractions that sum to less than 1")
         if min_rows < 2:
@@ -133,7 +133,7 @@ class TableFile:
         Raises:
             DataError: too few groups to split.
         """
-        check_choice("split", split, SPLITS)
+        one_of("split", split, SPLITS)
         total = len(self.group_names)
         n_val, n_test = (max(1, round(f * total)) if f else 0 for f in (self.val, self.test))
         if n_val + n_test >= total:

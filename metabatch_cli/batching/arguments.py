@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -14,11 +14,10 @@ def at_least(name: str, value: Any, least: int) -> Any:
     return value
 
 
-def one_of(name: str, value: Any, names: Iterable[str]) -> Any:
-    """The value; ValueError where it is none of the names."""
-    names = list(names)
-    if value not in names:
-        raise ValueError(f"{name}={value!r}: {choose_from(value, names)}")
+def one_of(name: str, value: Any, choices: Collection[Any]) -> Any:
+    """The value; ValueError where it is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: {choose_from(value, map(str, choices))}")
     return value
 
 

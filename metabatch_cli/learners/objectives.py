@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from metabatch_cli.batching.arguments import one_of
+from metabatch_cli.models.masking import joined_masks
 from metabatch_cli.models.predictive import joint_log_prob, log_mean_exp, marginals, summed
 
 Objective = Literal["likelihood", "elbo", "iwae", "bootstrap"]
@@ -130,13 +131,7 @@ def joined(
     x1: Tensor, y1: Tensor, mask1: Tensor | None, x2: Tensor, y2: Tensor, mask2: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Two sets of points `[tasks, points, …]` side by side, with a mask if either has one."""
-    mask = None
-    if mask1 is not None or mask2 is not None:
-        masks = [
-            x.new_ones(x.shape[:2], dtype=torch.bool) if own is None else own
-            for x, own in ((x1, mask1), (x2, mask2))
-        ]
-        mask = torch.cat(masks, dim=1)
+    mask = joined_masks(x1, mask1, x2, mask2)
     return torch.cat([x1, x2], dim=1), torch.cat([y1, y2], dim=1), mask
 
 

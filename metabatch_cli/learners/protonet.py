@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.learner import Learner, Metric
-from metabatch_cli.models.masking import blank, mean_loss, task_scores
+from metabatch_cli.models.masking import blank, joined_masks, mean_loss, task_scores
 
 
 class ProtoNet(Learner):
@@ -81,9 +81,7 @@ class ProtoNet(Learner):
         """`[tasks, n_target, ways]`: minus the squared distance to each prototype."""
         n_context = context_x.shape[1]
         images = torch.cat([context_x, target_x], dim=1)
-        embedded = self._embed(
-            images, _side_by_side(context_x, context_mask, target_x, target_mask)
-        )
+        embedded = self._embed(images, joined_masks(context_x, context_mask, target_x, target_mask))
         # distances between far points lose their digits in bfloat16, also in the product alone
         with torch.autocast(embedded.device.type, enabled=False):
             embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
@@ -107,18 +105,6 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each target, `[tasks, n_target]`."""
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view_as(labels)
-
-
-def _side_by_side(
-    context_x: Tensor, context_mask: Tensor | None, target_x: Tensor, target_mask: Tensor | None
-) -> Tensor | None:
-    """The mask of context and target together; None if all points are real."""
-    if context_mask is None and target_mask is None:
-        return None
-    pairs = ((context_x, context_mask), (target_x, target_mask))
-    return torch.cat(
-        [x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in pairs], dim=1
-    )
 
 
 def class_means(

@@ -75,6 +75,12 @@ def begin_as_torchs(of_query: nn.Linear, of_seen: nn.Linear, out: nn.Linear) -> 
     nn.init.zeros_(out.bias)
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Refuse, with a ValueError, a number of heads that does not divide the width."""
+    if width % heads:
+        raise ValueError(f"heads={heads} do not divide width={width}")
+
+
 class AttentionBlock(nn.Module):
     """The attention of attentive neural processes as the TNP paper's code has it.
 
@@ -88,8 +94,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} do not divide width={width}")
+        check_heads(width, heads)
         self.heads = heads
         self.scale = 1 / math.sqrt(width)
         self.of_query = nn.Linear(width, width, bias=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from metabatch_cli.models.attention import attend, begin_as_torchs
+from metabatch_cli.models.attention import attend, begin_as_torchs, check_heads
 from metabatch_cli.models.encoders import with_flag
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
 from metabatch_cli.models.mlp import layers
@@ -89,8 +89,7 @@ class LBANP(nn.Module):
         sigma: Sigma = "exp",
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} do not divide width={width}")
+        check_heads(width, heads)
         self.dim_y = dim_y
         self.min_sigma, self.sigma = min_sigma, sigma
         self.embedder = layers([dim_x + dim_y + 1, *[width] * embedder_depth])

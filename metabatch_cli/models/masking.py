@@ -5,6 +5,7 @@ Without a mask every point is real, and nothing is computed that would not be co
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,23 @@ def blank(values: Tensor, mask: Tensor | None) -> Tensor:
         mask: bool `[tasks, points]`, True where a point is real; None if all are.
     """
     return values if mask is None else values.masked_fill(~_aligned(mask, values), 0)
+
+
+def joined_masks(
+    x1: Tensor, mask1: Tensor | None, x2: Tensor, mask2: Tensor | None
+) -> Tensor | None:
+    """The mask of two sets of points side by side; None if all points of both are real.
+
+    Args:
+        x1, x2: `[tasks, points, …]`.
+        mask1, mask2: bool `[tasks, points]`; None if all are real.
+    """
+    if mask1 is None and mask2 is None:
+        return None
+    pairs = ((x1, mask1), (x2, mask2))
+    return torch.cat(
+        [x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in pairs], dim=1
+    )
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: int = 1, empty: float = 0.0) -> Tensor:

@@ -11,10 +11,10 @@ from torch.distributions import Independent
 from torch.nn import functional as F
 
 from metabatch_cli.batching.arguments import one_of
-from metabatch_cli.models.attention import attend, begin_as_torchs
+from metabatch_cli.models.attention import attend, begin_as_torchs, check_heads
 from metabatch_cli.models.encoders import with_flag
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal, positive
-from metabatch_cli.models.masking import blank
+from metabatch_cli.models.masking import blank, joined_masks
 from metabatch_cli.models.mlp import layers
 from metabatch_cli.models.predictive import Autoregressive, JointNormal, LowRankNormal
 
@@ -72,8 +72,7 @@ class Transformer(nn.Module):
         embedder_depth: int = 4,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} do not divide width={width}")
+        check_heads(width, heads)
         self.dim_y = dim_y
         self.embedder = layers([dim_x + dim_y + 1, *[width] * embedder_depth])
         self.layers = nn.ModuleList(TransformerLayer(width, heads, hidden) for _ in range(depth))
@@ -115,13 +114,9 @@ class Transformer(nn.Module):
         time = torch.cat([order.new_zeros(n_context), order + 1])
         until = torch.cat([time, order])
         sees = (time[None, :] <= until[:, None])[None]
-        if mask is not None or target_mask is not None:
-            ones = [x.new_ones(x.shape[:2], dtype=torch.bool) for x in (context_x, target_x)]
-            given = [
-                one if own is None else own
-                for one, own in zip(ones, (mask, target_mask), strict=True)
-            ]
-            sees = sees & torch.cat(given, dim=1)[:, None, :]
+        real = joined_masks(context_x, mask, target_x, target_mask)
+        if real is not None:
+            sees = sees & real[:, None, :]
         for layer in self.layers[:-1]:
             tokens = layer(tokens, tokens[:, :n_seen], sees)
         return self.layers[-1](tokens[:, n_seen:], tokens[:, :n_seen], sees[:, n_seen:])

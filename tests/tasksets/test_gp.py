@@ -287,7 +287,7 @@ def test_an_infinite_set_has_no_length_and_a_finite_one_its_own():
         ({"noise": -0.1}, r"noise=-0\.1"),
         ({"noise": math.inf}, r"noise=inf"),
         ({"noise": math.nan}, r"noise=nan"),
-        ({"vary": "tasks"}, r"vary='tasks'.*'task' or 'batch'"),
+        ({"vary": "tasks"}, r"vary='tasks'.*task, batch"),
         ({"vary": "batch", "n_tasks": 5}, r"vary='batch' with n_tasks=5"),
         ({"n_tasks": 0}, r"n_tasks=0"),
         ({"pool": 0}, r"pool=0"),

@@ -163,7 +163,7 @@ def test_an_infinite_set_has_no_length_and_a_finite_one_its_own():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"mode": "interpolate"}, r"mode='interpolate'.*'forecasting'"),
+        ({"mode": "interpolate"}, r"mode='interpolate'.*forecasting"),
         ({"years": 0.5}, r"years=0\.5"),
         ({"warm_up": -1.0}, r"warm_up=-1\.0"),
         ({"forecast_start": (3.0, 11.0)}, r"forecast_start=\(3\.0, 11\.0\).*years=10\.0"),
