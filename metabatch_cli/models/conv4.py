@@ -8,6 +8,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from metabatch_cli.models.normalisation import BatchNorm, inside_transform
+
 
 class Conv4(nn.Module):
     """Blocks of 3×3 convolution, batch normalisation, ReLU and 2×2 max pooling.
@@ -20,8 +22,9 @@ class Conv4(nn.Module):
         dim_y: outputs of the head, if there is one.
         width: channels of each block.
         depth: blocks.
-        norm: `batch` normalises by the statistics of the images at hand while training and by
-            running ones in evaluation; `transductive` always by those at hand; `none` not.
+        norm: `batch` normalises as the learner chooses (models/normalisation.py), else as torch
+            does: by the images at hand while training, by running averages in evaluation.
+            `transductive` keeps no averages, so that those at hand count in both; `none` not.
         channels_last: memory layout of the convolutions, the faster one on CPUs.
         head: whether a linear layer follows, for classes; without it an embedding.
     """
@@ -48,7 +51,7 @@ class Conv4(nn.Module):
             inputs = channels if block == 0 else width
             blocks.append(nn.Conv2d(inputs, width, 3, padding=1, bias=norm == "none"))
             if norm != "none":
-                blocks.append(nn.BatchNorm2d(width, track_running_stats=norm == "batch"))
+                blocks.append(BatchNorm(width, track_running_stats=norm == "batch"))
             # the largest of four, then ReLU: the same as the other way round, on a quarter of them
             blocks += [nn.MaxPool2d(2), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
@@ -64,4 +67,6 @@ class Conv4(nn.Module):
         """
         if x.dtype == torch.uint8:
             x = x.to(next(self.parameters()).dtype) / 255
-        return self.head(self.blocks(x.contiguous(memory_format=self.layout)))
+        if not inside_transform():  # vmap has no such layouts
+            x = x.contiguous(memory_format=self.layout)
+        return self.head(self.blocks(x))

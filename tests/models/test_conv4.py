@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metabatch_cli.models.conv4 import Conv4
+from metabatch_cli.models.normalisation import BatchNorm
 
 
 def bytes_of(n_images: int, channels: int = 1, side: int = 16, seed: int = 0) -> torch.Tensor:
@@ -83,5 +84,5 @@ def test_batch_learns_running_statistics_by_which_each_image_is_embedded_alone()
 
 def test_none_has_no_normalisation_but_a_bias():
     model = conv4(norm="none")
-    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not [m for m in model.modules() if isinstance(m, BatchNorm)]
     assert all(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))

@@ -1,0 +1,169 @@
+"""Batch normalisation by the moments of chosen points, and the choice said aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metabatch_cli.batching.arguments import one_of
+
+Mode = Literal["running", "support", "transductive"]
+"""Whose moments normalise a task.
+
+`running`: those of the points at hand while training, when running averages of them are kept too;
+in evaluation these averages. `support`: those of the context alone, for context and target, so
+that a target is judged by itself. `transductive`: those of all points at hand.
+"""
+
+MODES: tuple[str, ...] = get_args(Mode)
+
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+
+
+def inside_transform() -> bool:
+    """Whether `vmap`, `grad` or another transform of torch.func is at work."""
+    return _transforms() is not None
+
+
+class Choice(NamedTuple):
+    """Whose moments count in the calls of a layer that are made meanwhile."""
+
+    mode: Mode
+    n_context: int | None
+
+
+class BatchNorm(_BatchNorm):
+    """`nn.BatchNorm1d`, `2d` and `3d` in one, for `[points, channels, …]`, until a mode is chosen.
+
+    Parameters, buffers and arguments have the names that torch gave them, so that weights of
+    either load into the other. `normalised` chooses the mode around a call of the network. Only
+    `running` (and no choice at all) ever writes into a buffer, and only while training.
+
+    With the moments of the points at hand it may be called under `torch.func` transforms, and its
+    derivatives of any order are right there, which those of torch's own layer are not: under
+    `vmap` the second ones are wrong, without a word, if it has weights (torch 2.13).
+    """
+
+    choice: Choice | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [points, channels, …]` → the same shape."""
+        choice = self.choice or Choice("running", None)
+        if choice.mode == "running" and self.track_running_stats:
+            return super().forward(x)
+        n_context = choice.n_context if choice.mode == "support" else None
+        if n_context in (None, len(x)) and not inside_transform():
+            weight, bias = self.weight, self.bias
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        return by_moments(x, self.weight, self.bias, self.eps, n_context)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"an input of {input.dim()} dimensions is not [points, channels, …]")
+
+
+def by_moments(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    n_context: int | None = None,
+) -> Tensor:
+    """Normalise each channel by mean and variance of it in the first points.
+
+    Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, in simple operations: they have
+    derivatives of any order, through the moments too.
+
+    Args:
+        x: `[points, channels, …]`.
+        weight, bias: `[channels]`, the scale and shift behind; None for 1 and 0.
+        eps: added to the variance.
+        n_context: how many points the moments are of; None for all.
+
+    Returns:
+        As `x`; computed in 32 bits at least.
+    """
+    # channels last, as a convolution leaves them where that is fast: then this is only a view
+    rows = x.movedim(1, -1).to(torch.promote_types(x.dtype, torch.float32))
+    values = rows.flatten(0, -2)
+    counted = len(values) if n_context is None else n_context * rows[0, ..., 0].numel()
+    centred = values - values[:counted].mean(dim=0)
+    scale = torch.rsqrt(centred[:counted].square().mean(dim=0) + eps)
+    scaled = centred * (scale if weight is None else weight * scale)
+    shifted = scaled if bias is None else scaled + bias
+    return shifted.view(rows.shape).movedim(-1, 1).to(x.dtype)
+
+
+@contextmanager
+def normalised(model: nn.Module, mode: Mode, n_context: int | None = None) -> Iterator[None]:
+    """Meanwhile, the network's normalisation layers take the moments of a mode.
+
+    It is about what is called, not about tensors: it works around `functional_call`, inside of
+    functions that `vmap` and `grad` transform, and is traced as what it chose.
+
+    Args:
+        mode: see `Mode`.
+        n_context: of the points that the network is then called with, how many are the context,
+            which comes first; None if all are. Only `support` asks.
+
+    Raises:
+        ValueError: a layer that knows no such mode; no context for `support` to measure.
+    """
+    check_mode(model, mode)
+    if mode == "support" and n_context == 0:
+        raise ValueError("n_context=0: normalisation=support needs a context point to measure")
+    layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm)]
+    before = [layer.choice for layer in layers]
+    for layer in layers:
+        layer.choice = Choice(mode, n_context)
+    try:
+        yield
+    finally:
+        for layer, choice in zip(layers, before, strict=True):
+            layer.choice = choice
+
+
+def check_mode(model: nn.Module, mode: str) -> None:
+    """Refuse a mode that does not exist, or that a layer of the network cannot follow.
+
+    Raises:
+        ValueError: about `normalisation`, the argument of learners; names the layer.
+    """
+    one_of("normalisation", mode, MODES)
+    if mode == "running":
+        return
+    for name, layer in model.named_modules():
+        always = mode == "transductive" and not getattr(layer, "track_running_stats", True)
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, BatchNorm) and not always:
+            raise ValueError(
+                f"normalisation={mode!r} cannot be: the network's layer {name or 'itself'!r} is "
+                f"torch's {type(layer).__name__}, which takes running statistics only; use "
+                "metabatch_cli.models.normalisation.BatchNorm there, which takes its weights, or "
+                "normalisation=running"
+            )
+
+
+def what_normalises(model: nn.Module, mode: Mode) -> str | None:
+    """Whose moments a mode comes to in evaluation, as results should say it.
+
+    Returns:
+        The mode; `transductive` for `running` too if a layer keeps no running statistics; None
+        for a network without batch normalisation.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    if not layers:
+        return None
+    if mode == "running" and not all(layer.track_running_stats for layer in layers):
+        return "transductive"
+    return mode
+
+
+def sees_other_points(model: nn.Module, mode: Mode) -> bool:
+    """Whether in evaluation what a network makes of a point depends on others beside it."""
+    return what_normalises(model, mode) in ("support", "transductive")
