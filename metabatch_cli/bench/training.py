@@ -44,7 +44,7 @@ def job(config: DictConfig) -> None:
     checked = check(choices.resolve(config), BenchTrainConfig)
     out = results.writable("bench.out", checked.bench.out)
     reporter = Reporter()
-    parts = Parts(checked)
+    parts = Parts(checked, say=reporter.say)
     parts.build()
     about = clock(checked.bench.seconds * 2.25)
     reporter.plan(
@@ -177,6 +177,7 @@ def silent_trainer(parts: Parts) -> Trainer:
         {},
         [],
         Reporter(Console(quiet=True)),
+        parts.compute_loss,
     )
 
 

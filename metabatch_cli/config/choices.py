@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ def resolve(
         if OmegaConf.select(config, key) in (None, "auto"):
             before = _select(saved or {}, key)
             OmegaConf.update(config, key, choose(config) if before is None else before)
-    if OmegaConf.select(config, "loader.workers") == "auto":  # measured when all is built
-        before = _select(saved or {}, "loader.workers")
-        OmegaConf.update(config, "loader.workers", "auto" if before is None else before)
+    for key, value in leaves(OmegaConf.to_container(config)):
+        before = _select(saved or {}, key)
+        if value == "auto" and before is not None:  # what is measured when all is built
+            OmegaConf.update(config, key, before)
     for key in PATHS:
         path = OmegaConf.select(config, key)
         if isinstance(path, str):  # resumed or scored from another directory, it is the same file
@@ -99,6 +100,15 @@ CHOICES: dict[str, Callable[[DictConfig], Any]] = {
     "loader.pin_memory": _choose_pinning,
     "trainer.threads": lambda config: cores(),
 }
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is no mapping in nested ones, by its dotted name."""
+    if not isinstance(tree, Mapping):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _select(tree: Any, key: str) -> Any:

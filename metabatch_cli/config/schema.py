@@ -115,8 +115,9 @@ class TrainerConfig:
     precision: Literal[64, 32, "bf16"] = 32
     """Bits of the numbers; bf16 computes in bfloat16 where that is safe, weights stay float32."""
 
-    compile: bool = False
-    """Whether torch.compile builds the step; it takes a while to begin with."""
+    compile: bool | Auto = "auto"
+    """Whether the step is compiled, which takes a while to begin with; auto: where a training is
+    long enough to earn that back, of learners that gain by it."""
 
     threads: Count | Auto = "auto"
     """CPU threads of the training process; auto: one for each core at hand."""

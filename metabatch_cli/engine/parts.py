@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from metabatch_cli.config import build
 from metabatch_cli.config.errors import ConfigError
@@ -17,9 +21,9 @@ from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
 from metabatch_cli.engine.memory import keep_freed_memory
 from metabatch_cli.engine.precision import Precision
-from metabatch_cli.engine.trial import measure_step, try_out
+from metabatch_cli.engine.trial import left_as_it_was, measure_step, try_out
 from metabatch_cli.learners.autoregressive import AutoregressiveDeployment
-from metabatch_cli.learners.learner import Learner
+from metabatch_cli.learners.learner import CompileCost, Learner
 from metabatch_cli.report.console import clock
 
 
@@ -31,6 +35,9 @@ class Parts:
     begun: bool = False
     """Whether there is a checkpoint to go on from, so that `init_from` is no longer needed."""
 
+    say: Callable[[str], None] = lambda text: None
+    """Tells a person what takes a while."""
+
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         torch.set_num_threads(int(self.config.trainer.threads))
@@ -40,8 +47,7 @@ class Parts:
         self.evaluation_loaders("test")
         self.deployed  # noqa: B018 (refused before a training, not after it)
         try_out(self)
-        if self.config.loader.workers == "auto":
-            self.loader.choose_workers(**measure_step(self))
+        self.choose()
         if self.config.trainer.monitor is not None:
             self.check_monitor()
         size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
@@ -52,6 +58,45 @@ class Parts:
                 value=parts,
                 allowed=", ".join(str(k) for k in range(1, size + 1) if size % k == 0),
             )
+
+    def choose(self) -> None:
+        """Measure what the configuration leaves to the machine, and decide it: see `chosen`."""
+        trainer, chosen = self.config.trainer, self.chosen
+        tasks = self.precision.prepare(self.loader.batch_at(0))
+        with left_as_it_was(self.learner), self.precision.autocast():
+            for key, value in self.learner.choose(tasks).items():
+                chosen[f"learner.{key}"] = value
+            if trainer.compile == "auto":
+                cost = self.learner.cost_of_compiling(tasks)
+                trainer.compile = is_worth_compiling(cost, trainer.max_steps)
+            if trainer.compile:
+                self.say("compiling the step: a minute or two at first, seconds the next time")
+                began = time.monotonic()
+                self.compute_loss(tasks)
+                self.say(f"compiled in {time.monotonic() - began:.1f} s")
+        if self.config.loader.workers == "auto":
+            self.loader.choose_workers(**measure_step(self))
+        chosen["trainer.compile"] = trainer.compile
+        chosen["loader.workers"] = self.loader.num_workers
+
+    @cached_property
+    def compute_loss(self) -> Callable[[Tasks], Tensor]:
+        """The learner's loss of tasks, compiled where that is wanted."""
+        if self.config.trainer.compile:
+            return self.learner.compiled(self.sizes_vary)
+        return self.learner
+
+    @cached_property
+    def chosen(self) -> dict[str, Any]:
+        """What was decided when all was built, by dotted keys of the configuration."""
+        return {}
+
+    @cached_property
+    def sizes_vary(self) -> bool:
+        """Whether batches have other numbers of points from step to step."""
+        specs = [self.loader.plan.spec(step) for step in range(64)]
+        sizes = {(spec.n_context, spec.n_target) for spec in specs}
+        return len(sizes) > 1 or self.taskset.ragged
 
     def check_monitor(self) -> None:
         """Raise ConfigError now, not at the first validation, if nothing has that name."""
@@ -148,6 +193,11 @@ class Parts:
         return {}
 
 
+def is_worth_compiling(cost: CompileCost | None, steps: int) -> bool:
+    """Whether so many steps earn back, twice over, what compiling takes."""
+    return cost is not None and cost.saved_per_step * steps > 2 * cost.seconds
+
+
 def describe(parts: Parts) -> list[tuple[str, str]]:
     """What a configuration amounts to, a row for each part."""
     config, plan = parts.config, parts.loader.plan
@@ -165,13 +215,18 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     if choice is not None:
         made = f"{made} ({choice.reason})"
     trainer = config.trainer
+    decided = [
+        f"{key.removeprefix('learner.')} {value}"
+        for key, value in parts.chosen.items()
+        if key.startswith("learner.")
+    ] + ["compiled"] * bool(trainer.compile)
     limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
     return [
         ("task set", f"{kind}{drawn_from}, {count}{note}"),
         ("sizes", plan.law.describe() + (", or fewer" if parts.taskset.ragged else "")),
         ("loader", f"{plan.batch_size} tasks a batch, {made}"),
         ("model", f"{model}, {parameters:,} parameters"),
-        ("learner", type(parts.learner).__name__),
+        ("learner", ", ".join([type(parts.learner).__name__, *decided])),
         ("optimizer", f"{optimizer}, lr {config.optimizer.get('lr', 'default')}, {schedule}"),
         ("trainer", f"{trainer.max_steps:,} steps{limit}, precision {trainer.precision}"),
         ("device", f"{parts.device}, {trainer.threads} threads"),

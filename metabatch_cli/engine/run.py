@@ -66,7 +66,8 @@ def train(
     checked = check(plain)
     if saved is not None and has_nothing_to_do(run, saved, plain, checked):
         return already_completed(run, reporter)
-    parts = Parts(checked, begun=saved is not None and run.last_checkpoint.exists())
+    begun = saved is not None and run.last_checkpoint.exists()
+    parts = Parts(checked, begun, reporter.say)
     parts.build()
     with run.lock():
         # building took its time: another process may have begun, or even completed, a run here
@@ -75,7 +76,9 @@ def train(
             return already_completed(run, reporter)
         if fresh:
             run.clear()
-        plain["loader"]["workers"] = parts.loader.num_workers
+        for key, value in parts.chosen.items():
+            section, name = key.split(".")
+            plain[section][name] = value
         run.write_config(plain, overrides)
         with logged_to(run.log_file), recorded(run, checked):
             announce(run, parts, reporter, resumes=saved is not None)
@@ -99,6 +102,7 @@ def _train(run: RunDirectory, parts: Parts, reporter: Reporter) -> dict[str, Any
         parts.evaluation_loaders("val"),
         loggers,
         reporter,
+        parts.compute_loss,
     )
     try:
         with trainer.stop:

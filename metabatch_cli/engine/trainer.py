@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -27,8 +26,6 @@ from metabatch_cli.learners.learner import Learner
 from metabatch_cli.report.console import Reporter
 from metabatch_cli.report.loggers import Logger
 
-log = logging.getLogger("metabatch")
-
 
 class TrainingFailed(UserError):
     """The loss is no longer a number; says at which step, on which batch, and what is saved."""
@@ -45,6 +42,7 @@ class Trainer:
         validation: loaders of the validation sets by their qualifiers.
         loggers: take the rows of metrics.
         reporter: tells a person.
+        compute_loss: the learner's loss of tasks, compiled or not; None for the learner itself.
     """
 
     def __init__(
@@ -58,6 +56,7 @@ class Trainer:
         validation: dict[str, TaskLoader],
         loggers: Sequence[Logger],
         reporter: Reporter,
+        compute_loss: Callable[[Tasks], Tensor] | None = None,
     ) -> None:
         self.config = config
         self.run = run
@@ -72,7 +71,7 @@ class Trainer:
         self.device = loader.device or torch.device("cpu")
         self.precision = Precision(config.precision, self.device)
         self.metric = monitored(learner.metric, config.monitor)
-        self.compute_loss = compiled(learner) if config.compile else learner
+        self.compute_loss = compute_loss or learner
         self.stop = StopSignals()
 
         self.step = 0
@@ -91,8 +90,6 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last step, the last second, the end of patience, or a signal."""
         self.learner.train()
-        if self.config.compile:
-            self.reporter.say("compiling: the first steps take up to a minute or two")
         batches = self.batches()
         self._clock = time.monotonic()
         with self.profiler() as profiler, self.narrate():
@@ -132,6 +129,7 @@ class Trainer:
     def update(self, tasks: Tasks) -> Tensor:
         """One optimisation step; returns the loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.learner.begin(self.step)
         total = len(tasks.target_x)
         judged = self.judged(tasks)
         size = -(-total // self.config.accumulate)
@@ -333,15 +331,3 @@ class Trainer:
 class _NoProfiler:
     def step(self) -> None:
         pass
-
-
-def compiled(learner: Learner) -> Any:
-    """The learner's loss through torch.compile; as it is, with a warning, where that fails."""
-    try:
-        import torch._dynamo
-
-        torch._dynamo.config.suppress_errors = True  # no compiler installed: run as it is
-        return torch.compile(learner)
-    except Exception as error:
-        log.warning("trainer.compile=true: not compiled (%s)", error)
-        return learner

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -62,10 +64,10 @@ def measure_step(parts: Parts) -> dict[str, float]:
     """What `TaskLoader.choose_workers` asks for: seconds of a training step and of creating its
     batch, and the CPU cores that the step keeps busy.
 
-    Of a copy of the learner, and without a trace in any random state. Nothing where it fails:
-    what is wrong will show, and be recorded, in training.
+    Without a trace in the learner or any random state. Nothing where it fails: what is wrong will
+    show, and be recorded, in training.
     """
-    learner = deepcopy(parts.learner).train()
+    learner = parts.learner
     pieces = parts.config.trainer.accumulate
     creation: list[float] = []
     seconds: list[float] = []
@@ -81,7 +83,8 @@ def measure_step(parts: Parts) -> dict[str, float]:
         size = len(tasks.target_x) // pieces
         for start in range(0, size * pieces, size):  # no more memory than in training
             with parts.precision.autocast():
-                loss = learner(slice_tasks(tasks, start, start + size) if pieces > 1 else tasks)
+                part = slice_tasks(tasks, start, start + size) if pieces > 1 else tasks
+                loss = parts.compute_loss(part)
             loss.backward()
         loss.item()  # waits for a GPU to get there
         cpu.append(time.process_time() - busy)
@@ -90,7 +93,7 @@ def measure_step(parts: Parts) -> dict[str, float]:
         seconds.append(times[2] - times[1])
 
     try:
-        with random_states.preserved():
+        with left_as_it_was(learner):
             measure(one_step)
     except Exception:
         return {}
@@ -100,6 +103,21 @@ def measure_step(parts: Parts) -> dict[str, float]:
         "step": step,
         "busy_cores": max(statistics.median(cpu) / step, 1.0),
     }
+
+
+@contextmanager
+def left_as_it_was(learner: Learner) -> Iterator[None]:
+    """Meanwhile, it may learn and count: afterwards it has its weights, its buffers and no
+    gradients, and the global random generators their states."""
+    state, training = deepcopy(learner.state_dict()), learner.training
+    learner.train()
+    try:
+        with random_states.preserved():
+            yield
+    finally:
+        learner.load_state_dict(state)
+        learner.train(training)
+        learner.zero_grad(set_to_none=True)
 
 
 def try_padding(parts: Parts, learner: Learner, tasks: PaddedTask, loss: Tensor) -> None:

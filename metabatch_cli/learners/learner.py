@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -22,6 +23,13 @@ class Metric(NamedTuple):
         if best is None:
             return True
         return score > best if self.higher_is_better else score < best
+
+
+class CompileCost(NamedTuple):
+    """What compiling a learner's step takes and gives, as far as can be told before."""
+
+    seconds: float
+    saved_per_step: float
 
 
 class Learner(nn.Module):
@@ -71,6 +79,34 @@ class Learner(nn.Module):
         what is predicted at padding means nothing.
         """
         raise NotImplementedError
+
+    def begin(self, step: int) -> None:
+        """Told before every training step how many went before it, for what changes with them."""
+
+    def choose(self, tasks: Tasks) -> dict[str, Any]:
+        """Decide what the configuration leaves to the machine (`auto`), by trying it on tasks.
+
+        Asked once, before a training begins; a resumed one is built with what was chosen.
+
+        Returns:
+            Those arguments of the learner, with the values that they have from now on.
+        """
+        return {}
+
+    def cost_of_compiling(self, tasks: Tasks) -> CompileCost | None:
+        """What compiling the step would take and give; None if nothing speaks for it."""
+        return None
+
+    def compiled(self, varying: bool) -> Callable[[Tasks], Tensor]:
+        """`forward`, compiled.
+
+        Args:
+            varying: whether batches have other numbers of points from step to step.
+        """
+        import torch._dynamo
+
+        torch._dynamo.config.suppress_errors = True  # no compiler installed: run as it is
+        return torch.compile(self, dynamic=varying or None)
 
     def about(self, metric: str) -> dict[str, str]:
         """What a result should say of a score beside its number, words by their names.

@@ -8,6 +8,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from metabatch_cli.models.conv2d import Conv2d
 from metabatch_cli.models.normalisation import BatchNorm, inside_transform
 
 
@@ -49,7 +50,7 @@ class Conv4(nn.Module):
         blocks: list[nn.Module] = []
         for block in range(depth):
             inputs = channels if block == 0 else width
-            blocks.append(nn.Conv2d(inputs, width, 3, padding=1, bias=norm == "none"))
+            blocks.append(Conv2d(inputs, width, 3, padding=1, bias=norm == "none"))
             if norm != "none":
                 blocks.append(BatchNorm(width, track_running_stats=norm == "batch"))
             # the largest of four, then ReLU: the same as the other way round, on a quarter of them
@@ -61,7 +62,11 @@ class Conv4(nn.Module):
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [points, C, H, W]`, float or uint8 → `[points, features]` or `[points, dim_y]`.
+        """`x [points, C, H, W]`, float or uint8 → `[points, features]` or `[points, dim_y]`."""
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head is given, `[points, features]`.
 
         Bytes 0 … 255 become numbers 0 … 1 here, on the device.
         """
@@ -69,4 +74,4 @@ class Conv4(nn.Module):
             x = x.to(next(self.parameters()).dtype) / 255
         if not inside_transform():  # vmap has no such layouts
             x = x.contiguous(memory_format=self.layout)
-        return self.head(self.blocks(x))
+        return self.blocks(x)

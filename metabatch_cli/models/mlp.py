@@ -43,6 +43,15 @@ class MLP(nn.Module):
                     nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
                     nn.init.zeros_(layer.bias)
 
+    @property
+    def head(self) -> nn.Module:
+        """The last layer."""
+        return self.layers[-1]
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer is given: `x [..., dim_x]` → `[..., width]`."""
+        return self.layers[:-1](x)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., dim_x]` → `[..., dim_y]`."""
         return self.layers(x)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 from metabatch_cli.batching import Task
+from metabatch_cli.learners.anil import ANIL
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.learners.maml import MAML
+from metabatch_cli.learners.mamlpp import MAMLPlusPlus
+from metabatch_cli.learners.metasgd import MetaSGD
 from metabatch_cli.learners.neural_process import NeuralProcess
+from metabatch_cli.learners.protomaml import ProtoMAML
 from metabatch_cli.learners.protonet import ProtoNet
+from metabatch_cli.learners.reptile import Reptile
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.conv4 import Conv4
 from metabatch_cli.models.mlp import MLP
@@ -71,6 +76,24 @@ def every_learner() -> dict[str, tuple[Learner, Task]]:
         "maml-regression": (MAML(mlp(), eval_steps=[0, 1, 3]), regression()),
         "maml-classification": (
             MAML(conv("transductive", 3, channels_last=False), ways=3, inner_lr=0.4),
+            classification(),
+        ),
+        "metasgd-regression": (MetaSGD(mlp(), inner_steps=2), regression()),
+        "metasgd-classification": (MetaSGD(conv("batch", 3), ways=3), classification()),
+        "mamlpp-regression": (MAMLPlusPlus(mlp(), inner_steps=3), regression()),
+        "mamlpp-classification": (
+            MAMLPlusPlus(conv("batch", 3), ways=3, inner_steps=2),
+            classification(),
+        ),
+        "anil-regression": (ANIL(mlp(), inner_lr=0.1, inner_steps=2), regression()),
+        "anil-classification": (
+            ANIL(conv("batch", 3), ways=3, normalisation="support"),
+            classification(),
+        ),
+        "protomaml": (ProtoMAML(conv("batch"), ways=3, inner_steps=2), classification()),
+        "reptile-regression": (Reptile(mlp(), inner_steps=3, inner_batch=None), regression()),
+        "reptile-classification": (
+            Reptile(conv("batch", 3), ways=3, inner_batch=None),
             classification(),
         ),
         "protonet": (ProtoNet(conv("batch")), classification()),

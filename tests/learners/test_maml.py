@@ -200,9 +200,23 @@ def test_predictions_are_made_after_the_monitored_number_of_steps():
     torch.testing.assert_close(learner.predict(*tasks[:3]).mean, outputs)
 
 
-def test_running_statistics_are_refused_and_the_remedy_named():
-    with pytest.raises(ValueError, match=r"running statistics .*model\.norm=transductive"):
-        MAML(conv("batch", 3), ways=3)
+def test_running_averages_are_refused_and_the_remedy_named():
+    with pytest.raises(ValueError, match=r"running averages .* choose from transductive, support"):
+        MAML(conv("batch", 3), ways=3, normalisation="running")
+    torchs = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"layer '2' is torch's BatchNorm1d.*BatchNorm there"):
+        MAML(torchs, ways=3)
+
+
+@pytest.mark.parametrize("normalisation", ["transductive", "support"])
+def test_no_running_average_is_touched_by_training_or_scoring(normalisation):
+    learner = MAML(conv("batch", 3), ways=3, inner_steps=2, normalisation=normalisation).train()
+    before = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    assert before
+    learner(classification()).backward()
+    learner.score(classification())
+    for name, buffer in learner.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_nothing_to_report_is_refused():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from metabatch_cli.batching import PaddedTask, Task, pack, pad
+from metabatch_cli.learners.at_once import treats_points_apart
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.learners.maml import MAML
 from metabatch_cli.learners.neural_process import NeuralProcess
@@ -334,9 +335,9 @@ def test_outputs_whose_sum_is_constant_hide_no_dependence(dim_x):
         def forward(self, x):
             return torch.stack([x.sum(), -x.sum()]).softmax(0).expand(len(x), 2) + 0 * x[:, :1]
 
-    learner = MAML(nn.Sequential(nn.Linear(dim_x, 2), Share()).double())
-    assert not learner._treats_points_apart(torch.zeros(2, 3, dim_x, dtype=torch.float64))
-    assert not learner._treats_points_apart(torch.zeros(2, 3, dim_x, dtype=torch.uint8))
+    model = nn.Sequential(nn.Linear(dim_x, 2), Share()).double()
+    assert not treats_points_apart(model, torch.zeros(2, 3, dim_x, dtype=torch.float64))
+    assert not treats_points_apart(model, torch.zeros(2, 3, dim_x, dtype=torch.uint8))
 
 
 def test_a_network_without_a_context_mask_is_refused_by_name():

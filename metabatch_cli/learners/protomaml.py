@@ -1,0 +1,86 @@
+"""ProtoMAML: MAML whose last layer begins as the classifier of prototypical networks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metabatch_cli.learners.at_once import InnerLoop
+from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
+from metabatch_cli.models.normalisation import Mode
+
+HEAD = ("prototypes.weight", "prototypes.bias")
+
+
+class ProtoMAML(GradientBased):
+    """Triantafillou et al. 2020, "Meta-Dataset" (arXiv:1903.03096), §3.
+
+    A linear layer with weights `2 c_k` and biases `−‖c_k‖²`, of the prototypes `c_k` of a task's
+    classes, scores as negative squared distances do, up to what is the same for all classes.
+    From there, it and the embedding adapt as in MAML; gradients go through the prototypes.
+
+    Args:
+        model: embeds images, `[points, …] → [points, n]`.
+        ways: classes in a task; given by the task set.
+        inner_lr: α, the step size of the inner loop.
+        inner_steps: gradient steps on the context while training.
+        first_order: whether to leave the derivative of the inner gradients out, as in the paper.
+        eval_steps, inner_loop, normalisation: as for `GradientBased`.
+
+    Raises:
+        ValueError: tasks that have no classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ways: int | None = None,
+        inner_lr: Annotated[float, Gt(0)] = 0.01,
+        inner_steps: Annotated[int, Ge(1)] = 5,
+        first_order: bool = True,
+        eval_steps: list[Annotated[int, Ge(0)]] | None = None,
+        inner_loop: InnerLoop = "auto",
+        normalisation: Mode = "transductive",
+    ) -> None:
+        if ways is None:
+            raise ValueError("ProtoMAML begins with the prototypes of classes: tasks need ways")
+        super().__init__(
+            model, ways, inner_steps, first_order, eval_steps, inner_loop, normalisation
+        )
+        self.inner_lr = inner_lr
+        self.n_classes = ways
+
+    def first(self, meta: Weights, context: Points) -> Weights:
+        """All of the embedding, and a head made of the context's prototypes."""
+        weights = of_model(meta, (name for name, _ in self.model.named_parameters()))
+        embedded = self.call(self.model, of_model(meta), context)
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+        labels = torch.arange(self.n_classes, device=embedded.device)
+        members = (context["y"][:, None] == labels).to(embedded.dtype)  # [points, ways]
+        if "mask" in context:
+            members = members * context["mask"][:, None]
+        counts = members.sum(dim=0)[:, None]
+        prototypes = members.mT @ embedded / counts.clamp(min=1)
+        # a class without an image in the context is no answer
+        absent = torch.where(counts[:, 0] > 0, 0.0, -1e4).to(embedded.dtype)
+        head = 2 * prototypes, absent - prototypes.square().sum(dim=1)
+        return weights | dict(zip(HEAD, head, strict=True))
+
+    def stepped(self, meta: Weights, weights: Weights, gradients: Weights, step: int) -> Weights:
+        return {name: weight - self.inner_lr * gradients[name] for name, weight in weights.items()}
+
+    def output(
+        self,
+        meta: Weights,
+        weights: Weights,
+        points: Points,
+        step: int,
+        context: Points | None = None,
+    ) -> Tensor:
+        body = {name: weight for name, weight in weights.items() if name not in HEAD}
+        embedded = self.call(self.model, {**of_model(meta), **body}, points, context)
+        return F.linear(embedded, *(weights[name].to(embedded.dtype) for name in HEAD))

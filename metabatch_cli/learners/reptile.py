@@ -1,0 +1,150 @@
+"""Reptile: move to where the inner loop ends, on average over tasks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal, get_args
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+from torch.func import grad_and_value
+
+from metabatch_cli.batching.arguments import one_of
+from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.learners.at_once import InnerLoop
+from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
+from metabatch_cli.learners.meta_gradient import Found
+from metabatch_cli.models.masking import mean_over_tasks
+from metabatch_cli.models.normalisation import Mode
+
+InnerOptimizer = Literal["sgd", "adam"]
+BETA2 = 0.999  # of Adam, as everywhere
+
+
+class Reptile(GradientBased):
+    """Nichol et al. 2018, "On First-Order Meta-Learning Algorithms" (arXiv:1803.02999), alg. 2.
+
+    There is no target in training: a task takes steps on its context, a part of it at a time, and
+    `θ − φ`, from where the steps led back to where they began, stands in for the gradient. So an
+    outer SGD with rate ε moves θ by `ε (φ − θ)`, averaged over the tasks of a batch.
+
+    Args:
+        model, ways: as for `GradientBased`.
+        inner_lr: of the inner optimiser.
+        inner_steps: steps on a task while training.
+        inner_batch: points of the context that a step sees while training, drawn anew each time
+            that all were seen; None for all of them.
+        inner_optimizer: `sgd`, or `adam` with β₁ = 0 and β₂ = 0.999, whose mean squares go on from
+            batch to batch, as in the published code.
+        eval_steps, inner_loop, normalisation: as for `GradientBased`; held-out tasks are adapted
+            to with all of their context at every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ways: int | None = None,
+        inner_lr: Annotated[float, Gt(0)] = 0.02,
+        inner_steps: Annotated[int, Ge(1)] = 5,
+        inner_batch: Annotated[int, Ge(1)] | None = 10,
+        inner_optimizer: InnerOptimizer = "sgd",
+        eval_steps: list[Annotated[int, Ge(0)]] | None = None,
+        inner_loop: InnerLoop = "auto",
+        normalisation: Mode = "transductive",
+    ) -> None:
+        super().__init__(model, ways, inner_steps, True, eval_steps, inner_loop, normalisation)
+        self.inner_lr = inner_lr
+        self.inner_batch = inner_batch
+        self.inner_optimizer = one_of("inner_optimizer", inner_optimizer, get_args(InnerOptimizer))
+        self.names = [name for name, _ in model.named_parameters()]
+        if inner_optimizer == "adam":
+            for number, weight in enumerate(model.parameters()):
+                self.register_buffer(f"squares_{number}", torch.zeros_like(weight))
+            self.register_buffer("taken", torch.zeros(()))
+
+    def shown(self, tasks: Tasks) -> tuple[Points, Points]:
+        """With the order in which a task's points are seen, `[tasks, inner_steps · inner_batch]`,
+        from torch's global generator."""
+        context, target = super().shown(tasks)
+        shape = context["x"].shape[:2]
+        if self.inner_batch is None or not shape[1]:
+            return context, target
+        keys = torch.rand(shape).to(context["x"].device)
+        counts = torch.full(shape[:1], shape[1], device=keys.device)
+        if "mask" in context:
+            keys = keys.masked_fill(~context["mask"], 2.0)
+            counts = context["mask"].sum(dim=1)
+        places = torch.arange(self.inner_steps * self.inner_batch, device=keys.device)
+        places = places % counts.clamp(min=1)[:, None]
+        return {**context, "order": keys.argsort(dim=1).gather(1, places)}, target
+
+    def first(self, meta: Weights, context: Points) -> Weights:
+        """The network's weights; for Adam the mean squares of their gradients, and a count, too."""
+        weights = of_model(meta, self.names)
+        if self.inner_optimizer == "adam":
+            squares = {f"squares_{n}": meta[f"squares_{n}"] for n in range(len(self.names))}
+            weights = weights | squares | {"taken": meta["taken"]}
+        return weights
+
+    def stepped(self, meta: Weights, weights: Weights, gradients: Weights, step: int) -> Weights:
+        if self.inner_optimizer == "sgd":
+            return {name: w - self.inner_lr * gradients[name] for name, w in weights.items()}
+        taken = weights["taken"] + 1
+        new = {"taken": taken}
+        for number, name in enumerate(self.names):
+            squares = BETA2 * weights[f"squares_{number}"]
+            squares = squares + (1 - BETA2) * gradients[name].square()
+            root = (squares / (1 - BETA2**taken)).sqrt() + 1e-8
+            new[name] = weights[name] - self.inner_lr * gradients[name] / root
+            new[f"squares_{number}"] = squares
+        return new
+
+    def output(
+        self,
+        meta: Weights,
+        weights: Weights,
+        points: Points,
+        step: int,
+        context: Points | None = None,
+    ) -> Tensor:
+        own = {name: weights[name] for name in self.names}
+        return super().output(meta, own, points, step, context)
+
+    def batch_loss(
+        self, parameters: Weights, buffers: Weights, context: Points, target: Points
+    ) -> Tensor:
+        """The mean of the losses at all inner steps, over the tasks with a context."""
+        return self.loss_and_gradients(parameters, buffers, context, target)[0]
+
+    def loss_and_gradients(
+        self, parameters: Weights, buffers: Weights, context: Points, target: Points
+    ) -> Found:
+        meta = {**parameters, **buffers}
+        ended, losses = self._for_each_task(partial(self._walk, meta), context, target)
+        gradients = {
+            f"model.{name}": parameters[f"model.{name}"] - ended[name].mean(dim=0)
+            for name in self.names
+        }
+        new = {name: ended[name].mean(dim=0) for name in ended if name not in self.names}
+        mask = context.get("mask")
+        return mean_over_tasks(losses, mask), gradients, new
+
+    def _walk(self, meta: Weights, context: Points, target: Points) -> tuple[Weights, Tensor]:
+        """Where the steps on one task lead, and the mean of the losses on the way."""
+        order = context.get("order")
+        everything = {name: value for name, value in context.items() if name != "order"}
+        weights, losses = self.first(meta, context), []
+        for step in range(self.inner_steps):
+            part = everything
+            if order is not None and self.inner_batch is not None:
+                chosen = order[step * self.inner_batch : (step + 1) * self.inner_batch]
+                part = {name: value[chosen] for name, value in everything.items()}
+
+            def loss_of(weights: Weights, part: Points = part, step: int = step) -> Tensor:
+                return self.loss_of(self.output(meta, weights, part, step), part)
+
+            gradients, loss = grad_and_value(loss_of)(weights)
+            weights = self.stepped(meta, weights, gradients, step)
+            losses.append(loss)
+        return weights, torch.stack(losses).mean()
