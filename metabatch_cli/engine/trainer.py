@@ -150,12 +150,19 @@ class Trainer:
 
     def observe(self, loss: Tensor) -> None:
         """Keep the loss for the next row; notice where it is no longer a number."""
-        self._losses += loss
         self._counted += 1
+        if self.device.type == "cpu":  # looking at the number costs nothing
+            value = loss.item()
+            if not math.isfinite(value):
+                self.fail("the loss is", self.step)
+            self._losses += value
+            self.reporter.advance(self.step, self.config.max_steps, value)
+            return
+        self._losses += loss
         bad = ~torch.isfinite(loss) & (self._first_bad == 0)
         self._first_bad = torch.where(bad, self.step, self._first_bad)
-        # looking at the number waits for a GPU to get there: on one we look once a row
-        if self.device.type == "cpu" or self.step % self.config.log_every == 0:
+        # looking at the number waits for a GPU to get there: we look once a row
+        if self.step % self.config.log_every == 0:
             self.refuse_bad_loss()
             self.reporter.advance(self.step, self.config.max_steps, loss.item())
 

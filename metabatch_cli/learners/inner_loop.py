@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call, grad, grad_and_value
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.ragged import Tasks
@@ -154,7 +153,7 @@ class GradientBased(Learner):
         return Metric(f"mse@steps={steps}", higher_is_better=False)
 
     def forward(self, tasks: Tasks) -> Tensor:
-        return self._loss(self.loss_and_gradients, tasks)
+        return self._loss(self.loss_and_gradients, self._own(), tasks)
 
     @torch.no_grad()
     def score(self, tasks: Tasks) -> dict[str, Tensor]:
@@ -211,16 +210,15 @@ class GradientBased(Learner):
         if not self._goes_at_once(context, target):
             return None
         seconds = self._seconds(True, tasks)
-        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
-        leaves, structure = tree_flatten((parameters, buffers, context, target))
         with without_cache(target["x"].device.type):
-            graph, _ = traced(self.loss_and_gradients, leaves, structure, general=False)
+            trees = *self._own(), context, target
+            graph, _ = traced(self.loss_and_gradients, trees, general=False)
         nodes = len(graph.graph.nodes)
         return CompileCost(SECONDS_A_NODE * nodes, min(OVERHEAD_A_NODE * nodes, 0.8 * seconds))
 
     def compiled(self, varying: bool) -> Callable[[Tasks], Tensor]:
         compute = Compiled(self.loss_and_gradients, varying, self.phase)
-        return partial(self._loss, compute)
+        return partial(self._loss, compute, self._own())
 
     def phase(self) -> Any:
         """What the loss depends on beside parameters, buffers and points; hashable."""
@@ -316,20 +314,23 @@ class GradientBased(Learner):
             )
         return total, sums, {}
 
-    def _loss(self, compute: Compute, tasks: Tasks) -> Tensor:
+    def _loss(self, compute: Compute, own: tuple[Weights, Weights], tasks: Tasks) -> Tensor:
         context, target = self.shown(tasks)
         self._decide(context, target)
-        parameters = dict(self.named_parameters())
-        buffers: Weights = {**dict(self.named_buffers())}
-        detached = {name: parameter.detach() for name, parameter in parameters.items()}
+        parameters, buffers = own
         with without_cache(target["x"].device.type):
             if not torch.is_grad_enabled():
-                return self.batch_loss(detached, buffers, context, target)
-            loss, gradients, new = compute(detached, buffers, context, target)
+                return self.batch_loss(parameters, buffers, context, target)
+            with torch.no_grad():
+                loss, gradients, new = compute(parameters, buffers, context, target)
         if self.training:
             for name, value in new.items():
                 buffers[name].copy_(value)
         return WithGradients.apply(loss, [gradients[n] for n in parameters], *parameters.values())
+
+    def _own(self) -> tuple[Weights, Weights]:
+        """Parameters and buffers by name."""
+        return dict(self.named_parameters()), dict(self.named_buffers())
 
     def _outputs(self, context: Points, target: Points, checkpoints: Sequence[int]) -> list[Tensor]:
         """The network's outputs `[tasks, n_target, dim_y]` after each number of inner steps."""

@@ -11,14 +11,13 @@ from typing import Any
 import platformdirs
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Named = dict[str, Tensor]
 Found = tuple[Tensor, Named, Named]
-"""A loss, its gradient for each parameter, and new values of buffers."""
+"""A loss, its gradient for each parameter, and new values of buffers, if there are any."""
 
-Compute = Callable[..., Found]
-"""From parameters by name, and trees of tensors, to what is found."""
+Compute = Callable[[Named, Named, Named, Named], Found]
+"""From parameters, buffers, the context's and the target's points to what is found."""
 
 log = logging.getLogger("metabatch")
 
@@ -64,10 +63,10 @@ class Compiled:
     can be compiled here, that goes on instead, with a warning.
 
     Args:
-        compute: the computation; what it does besides may depend on `state()` only.
+        compute: the computation; what it does depends on its arguments and on `state()` only.
         varying: whether numbers of points change from call to call, so that one graph shall do
             for all of them; else every shape gets a graph of its own.
-        state: what else the computation depends on, hashable.
+        state: hashable.
     """
 
     def __init__(
@@ -76,54 +75,65 @@ class Compiled:
         self.compute = compute
         self.varying = varying
         self.state = state
-        self._graphs: dict[Any, Callable[..., Any] | None] = {}
-        self._new: dict[Any, list[str]] = {}  # the names of buffers that a graph gives
+        self._graphs: dict[Any, Callable[..., Found] | None] = {}
         self._checked: set[Any] = set()
+        keep_compiled()
 
-    def __call__(self, parameters: Named, *trees: Any) -> Found:
+    def __call__(self, *trees: Named) -> Found:
         """As the computation itself."""
-        leaves, structure = tree_flatten((parameters, *trees))
-        shapes = self.state(), tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        points = [leaf for tree in trees[2:] for leaf in tree.values()]
+        shapes = (self.state(), *map(tuple, trees[2:]), *(leaf.shape for leaf in points))
         # a graph for all sizes takes them to be more than one
-        general = self.varying and all(min(points_in(leaf), default=2) > 1 for leaf in leaves)
-        key = (self.state(), structure, len(leaves)) if general else shapes
+        general = self.varying and all(leaf.shape[1] > 1 for leaf in points)
+        key = shapes[:3] if general else shapes
         if key not in self._graphs:
-            self._graphs[key] = self._build(leaves, structure, general)
+            self._graphs[key] = self._build(trees, general)
         graph = self._graphs[key]
         if graph is None:
-            return self.compute(parameters, *trees)
-        with torch.no_grad():
-            found = graph(*leaves)
+            return self.compute(*trees)
+        found = graph(*trees)
         if shapes not in self._checked:
             self._checked.add(shapes)
-            expected = self.compute(parameters, *trees)
+            expected = self.compute(*trees)
             if not agree(found, expected):
                 log.warning("compiled, the loss or its gradient comes out otherwise: not compiled")
                 self._graphs[key] = None
                 return expected
         return found
 
-    def _build(
-        self, leaves: list[Tensor], structure: Any, general: bool
-    ) -> Callable[..., Found] | None:
+    def _build(self, trees: tuple[Named, ...], general: bool) -> Callable[..., Found] | None:
         try:
-            graph, result = traced(self.compute, leaves, structure, general)
-            run = compiled(graph, leaves, general)
+            graph, new = traced(self.compute, trees, general)
+            run = compiled(graph, leaves_of(trees), general)
         except Exception as error:
             why = str(error).strip() or type(error).__name__
             log.warning("not compiled, so that steps take longer: %s", why.splitlines()[0])
             return None
-        return lambda *leaves: tree_unflatten(run(*leaves), result)
+
+        def found(*trees: Named) -> Found:
+            with torch.no_grad():
+                loss, *rest = run(*leaves_of(trees))
+            gradients, buffers = rest[: len(trees[0])], rest[len(trees[0]) :]
+            return (
+                loss,
+                dict(zip(trees[0], gradients, strict=True)),
+                dict(zip(new, buffers, strict=True)),
+            )
+
+        return found
 
 
 def traced(
-    compute: Compute, leaves: list[Tensor], structure: Any, general: bool
-) -> tuple[torch.fx.GraphModule, Any]:
-    """The graph of a computation, from its leaves to those of what it finds, and their structure.
+    compute: Compute, trees: tuple[Named, ...], general: bool
+) -> tuple[torch.fx.GraphModule, list[str]]:
+    """The graph of a computation, from the leaves of its arguments to those of what it finds.
 
     Args:
-        structure: that the leaves make, parameters and other trees.
         general: whether it shall do for other numbers of points.
+
+    Returns:
+        The graph, to loss, gradients in the order of the parameters, and new buffers; these by
+        name.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -133,43 +143,51 @@ def traced(
         StatelessSymbolicContext,
     )
 
-    result: Any = None
+    names: list[str] = []
 
-    def flat(*values: Tensor) -> list[Tensor]:
-        nonlocal result
-        found, result = tree_flatten(compute(*tree_unflatten(values, structure)))
-        return found
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        rest = iter(leaves)
+        loss, gradients, new = compute(*({name: next(rest) for name in tree} for tree in trees))
+        names[:] = new
+        return [loss, *(gradients[name] for name in trees[0]), *new.values()]
 
     if not general:
-        graph = make_fx(flat)(*leaves)
+        graph = make_fx(flat)(*leaves_of(trees))
     else:
         fake = FakeTensorMode(shape_env=ShapeEnv())
         inputs = []
-        for leaf in leaves:
-            sizes = [DimDynamic.STATIC] * leaf.dim()
-            if points_in(leaf):
-                sizes[1] = DimDynamic.DYNAMIC
-            context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-            inputs.append(fake.from_tensor(leaf, symbolic_context=context))
+        for number, tree in enumerate(trees):
+            for leaf in tree.values():
+                sizes = [DimDynamic.STATIC] * leaf.dim()
+                if number > 1:
+                    sizes[1] = DimDynamic.DYNAMIC
+                context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+                inputs.append(fake.from_tensor(leaf, symbolic_context=context))
         with fake:
             graph = make_fx(flat, tracing_mode="fake")(*inputs)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph, result
+    return graph, names
 
 
-def points_in(leaf: Tensor) -> tuple[int, ...]:
-    """The number of points of `[tasks, points, …]`; nothing of what has no points."""
-    return tuple(leaf.shape[1:2])
+def leaves_of(trees: tuple[Named, ...]) -> list[Tensor]:
+    """The tensors of all trees, in order."""
+    return [leaf for tree in trees for leaf in tree.values()]
+
+
+def keep_compiled() -> None:
+    """Let what is compiled outlive a restart of the machine, in the user's cache folder.
+
+    Has to come before anything of torch's compiler is imported, which else chooses /tmp.
+    """
+    folder = platformdirs.user_cache_path("metabatch") / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def compiled(
     graph: torch.fx.GraphModule, leaves: list[Tensor], general: bool
 ) -> Callable[..., Any]:
     """The graph as machine code; kept on disk, so that the next run takes seconds."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # its own default is lost with /tmp
-        folder = platformdirs.user_cache_path("metabatch") / "compiled"
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     from torch._inductor import standalone_compile
 
     with torch.no_grad():
