@@ -36,106 +36,117 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [points, C, H, W]` → `[points, C_out, H_out, W_out]`."""
-        if not _each_its_own.get():
+        plain = self.groups == 1 and self.padding_mode == "zeros" and set(self.dilation) == {1}
+        if not (_each_its_own.get() and plain and not isinstance(self.padding, str)):
             return super().forward(x)
-        return by_patches(x, self.weight, self.bias, self.stride[0], int(self.padding[0]))
+        return by_patches(x, self.weight, self.bias, self.stride, self.padding)
 
 
 def by_patches(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
 ) -> Tensor:
     """A convolution as patches times weights.
 
     Args:
         x: `[points, C, H, W]`; best in memory with channels last, as is what comes out.
-        weight: `[C_out, C, k, k]`.
+        weight: `[C_out, C, k, l]`.
         bias: `[C_out]`.
+        stride, padding: down and across, or one number for both.
 
     Returns:
         `[points, C_out, H_out, W_out]`.
     """
-    side = weight.shape[-1]
-    rows = F.pad(x.movedim(1, -1), (0, 0, padding, padding, padding, padding))
-    height, width = ((size - side) // stride + 1 for size in rows.shape[1:3])
-    patches = Patches.apply(rows, side, stride, height, width)
-    kernel = weight.movedim(1, -1).flatten(1)  # [C_out, k·k·C]
-    out = F.linear(patches, kernel, bias)
-    return out.unflatten(0, (-1, height, width)).movedim(-1, 1)
+    if torch.is_autocast_enabled(x.device.type):  # before it is copied nine times
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    down, across = (padding, padding) if isinstance(padding, int) else padding
+    steps = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    rows = F.pad(x.movedim(1, -1), (0, 0, across, across, down, down))
+    window = Window(tuple(weight.shape[2:]), steps, rows.shape[1:3])
+    kernel = weight.movedim(1, -1).flatten(1)  # [C_out, k·l·C]
+    out = F.linear(Patches.apply(rows, window), kernel, bias)
+    return out.unflatten(0, (-1, *window.places)).movedim(-1, 1)
+
+
+class Window:
+    """What moves over an image of `size`: its own size, its steps, and how many places it has."""
+
+    def __init__(
+        self, size: tuple[int, ...], steps: tuple[int, ...], image: tuple[int, ...]
+    ) -> None:
+        self.size = size
+        self.steps = steps
+        self.places = [
+            (whole - part) // step + 1 for whole, part, step in zip(image, size, steps, strict=True)
+        ]
+
+    def ranges(self) -> Iterator[tuple[int, int, slice, slice]]:
+        """For each of its pixels, where in the image that one is at all places."""
+        for i in range(self.size[0]):
+            for j in range(self.size[1]):
+                down, across = (
+                    slice(start, start + step * (count - 1) + 1, step)
+                    for start, step, count in zip((i, j), self.steps, self.places, strict=True)
+                )
+                yield i, j, down, across
 
 
 class Patches(torch.autograd.Function):
-    """`[points, H, W, C]` → `[points · height · width, side² · C]`: all patches, side by side."""
+    """`[points, H, W, C]` → `[points · places, pixels of a window · C]`: patches side by side."""
 
     @staticmethod
-    def forward(x: Tensor, side: int, stride: int, height: int, width: int) -> Tensor:
-        return _patches(x, side, stride, height, width)
+    def forward(x: Tensor, window: Window) -> Tensor:
+        # a view in which patches overlap, then one copy, channels in a row
+        points, down, across, channels = x.stride()
+        view = x.as_strided(
+            (len(x), *window.places, *window.size, x.shape[-1]),
+            (points, window.steps[0] * down, window.steps[1] * across, down, across, channels),
+            x.storage_offset(),
+        )
+        return view.reshape(len(x) * window.places[0] * window.places[1], -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.how = inputs
+        x, ctx.window = inputs
         ctx.shape = tuple(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return Overlaid.apply(gradient, ctx.shape, *ctx.how), None, None, None, None
+        return Overlaid.apply(gradient, ctx.window, ctx.shape), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *how: int) -> Any:
-        if in_dims[0] is None:
-            return Patches.apply(x, *how), None
-        tasks = x.movedim(in_dims[0], 0)
-        out = Patches.apply(tasks.flatten(0, 1), *how)
-        return out.unflatten(0, (len(tasks), -1)), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, window: Window) -> Any:
+        tasks = x.movedim(in_dims[0], 0)  # type: ignore[arg-type]
+        patches = Patches.apply(tasks.flatten(0, 1), window)
+        return patches.unflatten(0, (len(tasks), -1)), 0
 
 
 class Overlaid(torch.autograd.Function):
-    """The transpose of `Patches`: patches are added up where they came from."""
+    """The transpose of `Patches`: patches are added up where they came from, `shape` in all."""
 
     @staticmethod
-    def forward(
-        patches: Tensor, shape: tuple[int, ...], side: int, stride: int, height: int, width: int
-    ) -> Tensor:
-        return _overlaid(patches, shape, side, stride, height, width)
+    def forward(patches: Tensor, window: Window, shape: tuple[int, ...]) -> Tensor:
+        parts = patches.reshape(shape[0], *window.places, *window.size, shape[-1])
+        x = patches.new_zeros(shape)
+        for i, j, down, across in window.ranges():
+            x[:, down, across] += parts[:, :, :, i, j]
+        return x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, *ctx.how = inputs
+        _, ctx.window, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return Patches.apply(gradient, *ctx.how), None, None, None, None, None
+        return Patches.apply(gradient, ctx.window), None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], patches: Tensor, shape: Any, *how: int
+        info: Any, in_dims: tuple[int | None, ...], patches: Tensor, window: Window, shape: Any
     ) -> Any:
-        if in_dims[0] is None:
-            return Overlaid.apply(patches, shape, *how), None
-        tasks = patches.movedim(in_dims[0], 0)
-        shape = (len(tasks) * shape[0], *shape[1:])
-        out = Overlaid.apply(tasks.flatten(0, 1), shape, *how)
-        return out.unflatten(0, (len(tasks), -1)), 0
-
-
-def _patches(x: Tensor, side: int, stride: int, height: int, width: int) -> Tensor:
-    # a view in which patches overlap, then one copy, channels in a row
-    points, rows, columns, channels = x.stride()
-    view = x.as_strided(
-        (len(x), height, width, side, side, x.shape[-1]),
-        (points, stride * rows, stride * columns, rows, columns, channels),
-        x.storage_offset(),
-    )
-    return view.reshape(len(x) * height * width, -1)
-
-
-def _overlaid(
-    patches: Tensor, shape: tuple[int, ...], side: int, stride: int, height: int, width: int
-) -> Tensor:
-    parts = patches.reshape(shape[0], height, width, side, side, shape[-1])
-    x = patches.new_zeros(shape)
-    for i in range(side):
-        for j in range(side):
-            rows = slice(i, i + stride * (height - 1) + 1, stride)
-            columns = slice(j, j + stride * (width - 1) + 1, stride)
-            x[:, rows, columns] += parts[:, :, :, i, j]
-    return x
+        tasks = patches.movedim(in_dims[0], 0)  # type: ignore[arg-type]
+        x = Overlaid.apply(tasks.flatten(0, 1), window, (len(tasks) * shape[0], *shape[1:]))
+        return x.unflatten(0, (len(tasks), -1)), 0
