@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.func import functional_call, grad, grad_and_value
+from torch.func import functional_call, grad, grad_and_value, vjp
 from torch.nn import functional as F
 
 from metabatch_cli.batching.arguments import one_of
@@ -378,9 +378,12 @@ class GradientBased(Learner):
         context, _ = self.seen(meta, *each_task(context, target)[0])
         weights = self.first(meta, context)
 
-        def compute() -> Tensor:
+        def output_of(weights: Weights) -> Tensor:
             with weights_of_each_task():
                 return self.output(meta, weights, context, 0)
+
+        def compute() -> Tensor:
+            return vjp(output_of, weights)[0]  # inside a transform, as the inner loop is
 
         output = compute()
         if self.ways is not None and output.shape[-1] != self.ways:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Annotated, Literal, get_args
 
@@ -95,7 +96,7 @@ class Reptile(GradientBased):
         for number, name in enumerate(self.names):
             squares = BETA2 * weights[f"squares_{number}"]
             squares = squares + (1 - BETA2) * gradients[name].square()
-            root = (squares / (1 - BETA2**taken)).sqrt() + 1e-8
+            root = (squares / -torch.expm1(taken * math.log(BETA2))).sqrt() + 1e-8
             new[name] = weights[name] - self.inner_lr * gradients[name] / root
             new[f"squares_{number}"] = squares
         return new
