@@ -25,7 +25,7 @@ from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.compose import compose
 from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.run import train
-from metabatch_cli.learners.learner import Learner, Metric
+from metabatch_cli.learners.learner import CompileCost, Learner, Metric
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.report.console import Reporter
 from tasksets.functions import Functions
@@ -137,6 +137,37 @@ class KillAtRow:
 
 
 # --- learners --------------------------------------------------------------------------------
+
+
+class Choosing(NeuralProcess):
+    """Has something to choose, and something to say about compiling."""
+
+    def __init__(self, model: nn.Module, way: str = "first", seconds: float | None = None) -> None:
+        super().__init__(model)
+        self.way, self.seconds = way, seconds
+        self.chosen = self.compiled_calls = 0
+
+    def choose(self, tasks: Task) -> dict[str, Any]:
+        torch.rand(3)
+        self(tasks).backward()
+        if self.way == "auto":
+            self.way, self.chosen = "first", self.chosen + 1
+        return {"way": self.way}
+
+    def cost_of_compiling(self, tasks: Task) -> CompileCost | None:
+        return None if self.seconds is None else CompileCost(self.seconds, 0.01)
+
+    def compiled(self, varying: bool) -> Callable[[Task], Tensor]:
+        def loss_of(tasks: Task) -> Tensor:
+            self.compiled_calls += 1
+            return self(tasks)
+
+        return loss_of
+
+    def score(self, tasks: Task) -> dict[str, Tensor]:
+        ones = torch.ones(len(tasks.target_x))
+        counts = {"chosen": self.chosen, "compiled_calls": self.compiled_calls}
+        return super().score(tasks) | {name: count * ones for name, count in counts.items()}
 
 
 class Noisy(NeuralProcess):
