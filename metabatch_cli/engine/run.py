@@ -310,6 +310,7 @@ def draw(run: RunDirectory, parts: Parts, trainer: Trainer, evaluation: Evaluati
         from metabatch_cli.report.calibration_figure import draw_calibration
         from metabatch_cli.report.curves import draw_learning_curves
         from metabatch_cli.report.figures import draw_predictions
+        from metabatch_cli.report.steps_figure import draw_inner_steps
 
         with parts.precision.autocast():
             draw_predictions(
@@ -322,6 +323,7 @@ def draw(run: RunDirectory, parts: Parts, trainer: Trainer, evaluation: Evaluati
                 spec=parts.spec,
             )
         draw_calibration(evaluation.calibration, run.figures / "calibration.png")
+        draw_inner_steps(evaluation.metrics, run.figures / "inner_steps.png")
         draw_learning_curves(
             run.metrics_file,
             run.figures / "learning_curves.png",

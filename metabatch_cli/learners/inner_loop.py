@@ -63,7 +63,8 @@ class GradientBased(Learner):
         ways: classes in a task, None for regression; given by the task set.
         inner_steps: gradient steps on the context while training.
         first_order: whether to leave the derivative of the inner gradients out.
-        eval_steps: numbers of inner steps to report; the first positive one is monitored.
+        eval_steps: numbers of inner steps to report; the positive one that is listed first is
+            monitored, and what `predict` takes.
         inner_loop: `vmap`, all tasks at once, or `loop`, one after the other; `auto` for the
             faster one, of those that are right for the network.
         normalisation: whose moments batch normalisation takes, in training too (see
@@ -102,9 +103,11 @@ class GradientBased(Learner):
         self.first_order = first_order
         self.inner_loop: InnerLoop = one_of("inner_loop", inner_loop, get_args(InnerLoop))
         self.normalisation: Mode = normalisation
-        self.eval_steps = sorted(set(eval_steps if eval_steps is not None else [inner_steps]))
-        if not self.eval_steps:
+        listed = list(eval_steps if eval_steps is not None else [inner_steps])
+        if not listed:
             raise ValueError("eval_steps=[] leaves nothing to report: give at least one number")
+        self.monitored_steps = next((steps for steps in listed if steps > 0), listed[0])
+        self.eval_steps = sorted(set(listed))
         self._at_once: bool | None = None  # decided by the first task
         self._points_apart: bool | None = None  # decided by the first padded one
 
@@ -147,7 +150,7 @@ class GradientBased(Learner):
 
     @property
     def metric(self) -> Metric:
-        steps = next((steps for steps in self.eval_steps if steps > 0), self.eval_steps[0])
+        steps = self.monitored_steps
         if self.classifies:
             return Metric(f"accuracy@steps={steps}", higher_is_better=True)
         return Metric(f"mse@steps={steps}", higher_is_better=False)
@@ -180,7 +183,7 @@ class GradientBased(Learner):
         target_mask: Tensor | None = None,
     ) -> Distribution:
         """After the monitored number of steps; regression has no spread of its own: σ = 1."""
-        steps = int(self.metric.name.rpartition("=")[2])
+        steps = self.monitored_steps
         context = as_points(context_mask, x=context_x, y=context_y)
         (output,) = self._outputs(context, as_points(target_mask, x=target_x), [steps])
         if self.classifies:

@@ -184,10 +184,10 @@ def test_without_inner_steps_the_score_is_that_of_the_model_as_it_is():
         ([0, 1, 5], None, "mse@steps=1"),
         ([0], None, "mse@steps=0"),
         (None, None, "mse@steps=2"),
-        ([10, 5], 3, "accuracy@steps=5"),
+        ([0, 10, 5], 3, "accuracy@steps=10"),
     ],
 )
-def test_the_first_positive_number_of_steps_is_monitored(eval_steps, ways, name):
+def test_the_positive_number_of_steps_that_is_listed_first_is_monitored(eval_steps, ways, name):
     learner = MAML(mlp(), ways=ways, inner_steps=2, eval_steps=eval_steps)
     assert learner.metric.name == name
     assert learner.metric.higher_is_better == (ways is not None)

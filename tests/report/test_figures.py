@@ -29,6 +29,7 @@ from metabatch_cli.report import calibration_figure, curves, figures, pixels, st
 from metabatch_cli.report.calibration_figure import draw_calibration
 from metabatch_cli.report.curves import draw_learning_curves
 from metabatch_cli.report.figures import draw_predictions
+from metabatch_cli.report.steps_figure import curves_of, draw_inner_steps
 from tasksets.functions import Functions, Sine
 from tasksets.gp import GaussianProcess
 from tasksets.kernels import RBF
@@ -631,3 +632,35 @@ def test_without_anything_to_draw_there_is_no_figure(metrics, tmp_path):
     other = metrics([{"step": 1, "lr": 0.1, "val/accuracy": 0.5}], tail='{"st')
     assert draw_learning_curves(other, path, **options) is None
     assert not path.exists()
+
+
+# --- inner steps -----------------------------------------------------------------------------
+
+
+def after(**scores: list[float]) -> dict[str, dict[str, float]]:
+    return {
+        f"test/{score}@shots={shots},steps={steps}": {"mean": mean / shots, "ci95": 0.1}
+        for score, means in scores.items()
+        for shots in (1, 5)
+        for steps, mean in enumerate(means)
+    }
+
+
+def test_a_score_after_ever_more_steps_is_a_curve_for_each_test_set(tmp_path):
+    curves = curves_of(after(mse=[5.0, 2.0, 1.0]))
+    assert curves == {
+        ("mse", f"shots={n}"): {0: (5 / n, 0.1), 1: (2 / n, 0.1), 2: (1 / n, 0.1)} for n in (1, 5)
+    }
+    assert_is_a_picture(draw_inner_steps(after(mse=[5.0, 2.0, 1.0]), tmp_path / "s.png"))
+
+
+@pytest.mark.parametrize("scores", [{}, {"mse": [5.0, 2.0]}])
+def test_fewer_than_three_numbers_of_steps_are_no_curve(tmp_path, scores):
+    assert draw_inner_steps(after(**scores), tmp_path / "s.png") is None
+    assert not (tmp_path / "s.png").exists()
+
+
+def test_scores_without_steps_are_left_alone(tmp_path):
+    metrics = {"test/accuracy@ways=5": {"mean": 0.9, "ci95": None}}
+    assert curves_of(metrics) == {}
+    assert draw_inner_steps(metrics, tmp_path / "s.png") is None
