@@ -126,17 +126,30 @@ def test_nothing_is_written_into_a_buffer(mode, training):
 
 @pytest.mark.parametrize("n_context", [None, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_of_first_and_second_order_flow_through_the_moments(n_context, layout):
-    own = layer()
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_of_first_and_second_order_flow_through_the_moments(n_context, layout, affine):
+    own = layer(affine=affine) if affine else BatchNorm(3, affine=False).double()
     x = normal(3, 3, 2, 2).to(memory_format=layout)
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def call(x: Tensor, *affine: Tensor) -> Tensor:
+        weights = dict(zip(("weight", "bias"), affine, strict=False))
         with normalised(own, "support", n_context):
-            return functional_call(own, {"weight": weight, "bias": bias}, (x,))
+            return functional_call(own, weights, (x,))
 
-    given = tuple(part.detach().clone().requires_grad_() for part in (x, own.weight, own.bias))
+    given = [part.detach().clone().requires_grad_() for part in (x, *own.parameters())]
     assert torch.autograd.gradcheck(call, given)
     assert torch.autograd.gradgradcheck(call, given)
+
+
+@given(OURS_OR_TORCHS, st.booleans())
+def test_first_derivatives_are_the_same_whether_second_ones_may_follow_or_not(shape, affine):
+    own = layer() if affine else BatchNorm(3, affine=False).double()
+    x = normal(*shape).requires_grad_()
+    with normalised(own, "transductive"):
+        loss = own(x).sin().sum()
+    wanted = [x, *own.parameters()]
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, wanted, create_graph=True), once)
 
 
 def test_a_choice_ends_with_its_block_whatever_happens_in_it_and_blocks_nest():
