@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -74,4 +75,9 @@ class Conv4(nn.Module):
             x = x.to(next(self.parameters()).dtype) / 255
         if not inside_transform():  # vmap has no such layouts
             x = x.contiguous(memory_format=self.layout)
-        return self.blocks(x)
+        for layer, following in pairwise([*self.blocks, None]):
+            if isinstance(layer, nn.Conv2d) and isinstance(following, BatchNorm):
+                x = following.after(layer, x)
+            elif not isinstance(layer, BatchNorm):
+                x = layer(x)
+        return x
