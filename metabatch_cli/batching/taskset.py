@@ -39,7 +39,7 @@ class TaskSpec:
         kind: what y is, which decides what figures show.
         ways: classes in a task (the most of them, if it varies); None for regression.
         image_shape: `(C, H, W)` of the image whose pixels a task completes, else None.
-        normalisation: of tasks in units of their own, what brings x and y to mean 0 and standard
+        units: of tasks in units of their own, what brings x and y to mean 0 and standard
             deviation 1: `x_mean`, `x_std`, `y_mean`, `y_std`, a number for each dimension,
             measured on the training tasks only, whatever the split. The tasks themselves are not
             normalised: this is for learners to do inside, with predictions and scores in the
@@ -51,7 +51,7 @@ class TaskSpec:
     kind: Literal["regression", "image", "classification"] = "regression"
     ways: int | None = None
     image_shape: tuple[int, int, int] | None = None
-    normalisation: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    units: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def dim_x(self) -> int:
