@@ -89,7 +89,11 @@ class Episodes(TaskSet):
     def spec(self) -> TaskSpec:
         """Images to class labels."""
         return TaskSpec(
-            x_shape=self.images.shape, y_shape=(), kind="classification", ways=self._ways
+            x_shape=self.images.shape,
+            y_shape=(),
+            kind="classification",
+            ways=self._ways,
+            classes=len(self._sizes),
         )
 
     def __gettasks__(  # type: ignore[override]  # the law way_shot adds three sizes

@@ -44,6 +44,8 @@ class TaskSpec:
             measured on the training tasks only, whatever the split. The tasks themselves are not
             normalised: this is for learners to do inside, with predictions and scores in the
             tasks' units. Empty where there is nothing to do.
+        classes: how many classes the tasks of the split draw theirs from, where
+            `aux["classes"]` of a task says which of them, from 0, each label stands for; else None.
     """
 
     x_shape: tuple[int, ...]
@@ -52,6 +54,7 @@ class TaskSpec:
     ways: int | None = None
     image_shape: tuple[int, int, int] | None = None
     units: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    classes: int | None = None
 
     @property
     def dim_x(self) -> int:
