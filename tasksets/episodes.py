@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -17,6 +17,7 @@ from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from tasksets.images import ImageDataset, check_same_split, open_split
 
 Ways = Annotated[int, Ge(2)] | Annotated[Sequence[Annotated[int, Ge(2)]], Len(2, 2)]
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 PerClass = Annotated[int, Ge(1)] | Annotated[Sequence[Annotated[int, Ge(1)]], Len(2, 2)]
 
 
@@ -35,6 +36,9 @@ class Episodes(TaskSet):
         ways, shots, queries: a number each, or a range [low, high] drawn anew for each batch.
         n_tasks: so many tasks, each with classes of its own, the same every time, while images
             and labels are drawn anew; None for ever new tasks.
+        augment: changes the images of training tasks, from uint8 `[images, C, H, W]` and a
+            generator to the same shape (tasksets/augment.py); None leaves them. Those of held-out
+            tasks are left in any case.
         split: whose classes.
         eval: whether these are held-out tasks, where `split` is not given.
 
@@ -51,6 +55,7 @@ class Episodes(TaskSet):
         queries: PerClass = 15,
         *,
         n_tasks: Annotated[int, Ge(1)] | None = None,
+        augment: Augmentation | None = None,
         split: Split | None = None,
         eval: bool = False,
     ) -> None:
@@ -59,6 +64,7 @@ class Episodes(TaskSet):
         if n_tasks is not None and n_tasks < 1:
             raise ValueError(f"n_tasks={n_tasks} must be at least 1, or null for ever new tasks")
         self.n_tasks = n_tasks
+        self.augment = augment
         self.images = open_split(dataset, split, eval)
         self._sizes = self.images.sizes
         ranges = (law.ways, law.shots, law.queries)  # the law made each of them a range
@@ -89,7 +95,11 @@ class Episodes(TaskSet):
     def spec(self) -> TaskSpec:
         """Images to class labels."""
         return TaskSpec(
-            x_shape=self.images.shape, y_shape=(), kind="classification", ways=self._ways
+            x_shape=self.images.shape,
+            y_shape=(),
+            kind="classification",
+            ways=self._ways,
+            classes=len(self._sizes),
         )
 
     def __gettasks__(  # type: ignore[override]  # the law way_shot adds three sizes
@@ -108,9 +118,9 @@ class Episodes(TaskSet):
         members += self.images.starts[classes][:, :, None]
         support, query = members[:, :, :shots], members[:, :, shots:]
         return Task(
-            context_x=self._points(support),
+            context_x=self._points(support, generator),
             context_y=_labels(len(indices), ways, shots),
-            target_x=self._points(query),
+            target_x=self._points(query, generator),
             target_y=_labels(len(indices), ways, queries),
             aux={"classes": torch.from_numpy(classes)},
         )
@@ -127,9 +137,12 @@ class Episodes(TaskSet):
         shuffled = np.argsort(_random(generator, len(indices), ways), axis=1, kind="stable")
         return np.take_along_axis(classes, shuffled, axis=1)
 
-    def _points(self, members: np.ndarray) -> Tensor:
+    def _points(self, members: np.ndarray, generator: torch.Generator) -> Tensor:
         """`[tasks, points, C, H, W]` of the images `[tasks, ways, images of a class]`."""
-        return torch.from_numpy(self.images.take(members.reshape(len(members), -1)))
+        points = torch.from_numpy(self.images.take(members.reshape(len(members), -1)))
+        if self.augment is None or self.eval:
+            return points
+        return self.augment(points.flatten(0, 1), generator).view(points.shape)
 
 
 def distinct(sizes: np.ndarray, count: int, numbers: np.ndarray) -> np.ndarray:

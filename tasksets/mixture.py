@@ -459,6 +459,8 @@ class Mixture(TaskSet):
         (first, spec), *others = specs.items()
         for name, other in others:
             for field in fields(TaskSpec):
+                if field.name == "classes":
+                    continue
                 one, two = getattr(spec, field.name), getattr(other, field.name)
                 several_ways = field.name == "ways" and None not in (one, two)
                 if one != two and not several_ways:
@@ -467,7 +469,10 @@ class Mixture(TaskSet):
                         f"{one!r} in the one and {two!r} in the other"
                     )
         ways = [other.ways for other in specs.values() if other.ways is not None]
-        return TaskSpec(**{**vars(spec), "ways": max(ways) if ways else None})
+        # the same number may be another class in another component
+        classes = None if others else spec.classes
+        merged = {"ways": max(ways) if ways else None, "classes": classes}
+        return TaskSpec(**{**vars(spec), **merged})
 
     def _check_one_law(self, laws: Sequence[SizeLaw]) -> None:
         for name, law in zip(self.tasksets, laws, strict=True):

@@ -34,7 +34,7 @@ class Table(TaskSet):
 
     The context is some rows of the group, at most all but one; the targets are others, all that
     are left if there are not more than `n_target`. No row comes twice. The tasks are in the
-    table's own units; `spec.normalisation` says how the training groups' rows are distributed.
+    table's own units; `spec.units` says how the training groups' rows are distributed.
     `aux["group"]`, int64 `[tasks]`, is the place of each group in `dataset.group_names`.
 
     Groups of fewer than `min_pts + 1` (or the file's `min_rows`) rows are left out.
@@ -135,7 +135,7 @@ class Table(TaskSet):
         return TaskSpec(
             x_shape=tuple(self.dataset.x.shape[1:]),
             y_shape=tuple(self.dataset.y.shape[1:]),
-            normalisation=self.dataset.normalisation,
+            units=self.dataset.normalisation,
         )
 
     def baselines(self, tasks: Tasks) -> dict[str, dict[str, Tensor]]:

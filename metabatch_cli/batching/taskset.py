@@ -39,11 +39,13 @@ class TaskSpec:
         kind: what y is, which decides what figures show.
         ways: classes in a task (the most of them, if it varies); None for regression.
         image_shape: `(C, H, W)` of the image whose pixels a task completes, else None.
-        normalisation: of tasks in units of their own, what brings x and y to mean 0 and standard
+        units: of tasks in units of their own, what brings x and y to mean 0 and standard
             deviation 1: `x_mean`, `x_std`, `y_mean`, `y_std`, a number for each dimension,
             measured on the training tasks only, whatever the split. The tasks themselves are not
             normalised: this is for learners to do inside, with predictions and scores in the
             tasks' units. Empty where there is nothing to do.
+        classes: how many classes the tasks of the split draw theirs from, where
+            `aux["classes"]` of a task says which of them, from 0, each label stands for; else None.
     """
 
     x_shape: tuple[int, ...]
@@ -51,7 +53,8 @@ class TaskSpec:
     kind: Literal["regression", "image", "classification"] = "regression"
     ways: int | None = None
     image_shape: tuple[int, int, int] | None = None
-    normalisation: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    units: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    classes: int | None = None
 
     @property
     def dim_x(self) -> int:

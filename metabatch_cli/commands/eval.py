@@ -18,6 +18,7 @@ usage: metabatch eval run=DIR [KEY=VALUE ...]
   evaluation.tasks=10000       how many test tasks
   taskset.max_ctx_pts=5        other test tasks: any key of the task set
   evaluation.predict=autoregressive   one target after the other, each given those before it
+  learner.normalisation=support       by the moments of the context (few-shot classifiers)
   trainer.test_on=last         the last weights instead of the best ones
   -m taskset.max_ctx_pts=1,5   a table for each value
   --cfg job                    the configuration, without scoring
@@ -133,15 +134,16 @@ def complete(words: list[str]) -> list[str]:
 
 
 def _added_where_new(word: str, saved: dict[str, Any]) -> str:
-    """An override of `evaluation` that a run does not know, being older than the key, is added.
+    """An override of a section that a run does not know, being older than the key, is added.
 
     Whether there is such a key is checked later, with a better message than Hydra's.
     """
     key = word.partition("=")[0]
     section, _, name = key.partition(".")
-    known = saved.get("evaluation") or {}
+    known = saved.get(section) or {}
     name = name.partition(".")[0]
-    return f"++{word}" if section == "evaluation" and name and name not in known else word
+    new = section in ("evaluation", "learner") and name and name not in known
+    return f"++{word}" if new else word
 
 
 def _below(taskset: dict[str, Any], keys: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from metabatch_cli.config.errors import ConfigError, UserError, nearest
 from metabatch_cli.config.schema import COMPONENTS, Config
 
 # what the builder passes by itself, and nobody has to write into YAML
-FROM_SPEC = {"dim_x", "dim_y", "x_shape", "y_shape", "ways", "image_shape", "normalisation"}
+FROM_SPEC = {"dim_x", "dim_y", "x_shape", "y_shape", "ways", "classes", "image_shape", "units"}
 PROVIDED: dict[str, set[str]] = {
     "taskset": {"split", "eval"},
     "model": FROM_SPEC,

@@ -48,7 +48,7 @@ class NeuralProcess(Learner):
         loss_per: `point`, or `task` for the sum over a task's points: large tasks then weigh more.
         samples: of a latent variable or a bootstrap, in training.
         eval_samples: the same in evaluation.
-        normalisation: `x_mean, x_std, y_mean, y_std`, a number for each dimension: the network
+        units: `x_mean, x_std, y_mean, y_std`, a number for each dimension: the network
             sees normalised numbers, while predictions and scores are in the data's own units.
 
     Raises:
@@ -64,7 +64,7 @@ class NeuralProcess(Learner):
         loss_per: Literal["point", "task"] = "point",
         samples: Annotated[int, Ge(1)] = 4,
         eval_samples: Annotated[int, Ge(1)] = 50,
-        normalisation: Mapping[str, Any] | None = None,
+        units: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -77,7 +77,7 @@ class NeuralProcess(Learner):
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         masks = {name for name in ("context_mask", "target_mask") if anything or name in parameters}
         self._asked_for = masks | ({"samples"} & set(parameters))
-        self.units = Units(normalisation) if normalisation else None
+        self.units = Units(units) if units else None
 
     @property
     def metric(self) -> Metric:

@@ -16,7 +16,7 @@ class Units(nn.Module):
     """A fixed shift and scale for each dimension of x and y, saved with the weights.
 
     Args:
-        normalisation: `x_mean, x_std, y_mean, y_std`, a number for each dimension.
+        units: `x_mean, x_std, y_mean, y_std`, a number for each dimension.
 
     Raises:
         ValueError: one of these is missing, or a deviation is not above 0.
@@ -27,14 +27,14 @@ class Units(nn.Module):
     y_mean: Tensor
     y_std: Tensor
 
-    def __init__(self, normalisation: Mapping[str, Any]) -> None:
+    def __init__(self, units: Mapping[str, Any]) -> None:
         super().__init__()
         for name in ("x_mean", "x_std", "y_mean", "y_std"):
-            if name not in normalisation:
-                raise ValueError(f"normalisation has no {name!r}, only {', '.join(normalisation)}")
-            numbers = torch.as_tensor(normalisation[name], dtype=torch.get_default_dtype())
+            if name not in units:
+                raise ValueError(f"units has no {name!r}, only {', '.join(units)}")
+            numbers = torch.as_tensor(units[name], dtype=torch.get_default_dtype())
             if name.endswith("std") and not (numbers > 0).all():
-                raise ValueError(f"normalisation.{name}={normalisation[name]} must be above 0")
+                raise ValueError(f"units.{name}={units[name]} must be above 0")
             self.register_buffer(name, numbers)
 
     def of_x(self, x: Tensor) -> Tensor:

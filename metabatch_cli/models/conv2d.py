@@ -34,12 +34,12 @@ class Conv2d(nn.Conv2d):
     copies and products again.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [points, C, H, W]` → `[points, C_out, H_out, W_out]`."""
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`[points, C, H, W]` → `[points, C_out, H_out, W_out]`, by the weights given."""
         plain = self.groups == 1 and self.padding_mode == "zeros" and set(self.dilation) == {1}
         if not (_each_its_own.get() and plain and not isinstance(self.padding, str)):
-            return super().forward(x)
-        return by_patches(x, self.weight, self.bias, self.stride, self.padding)
+            return super()._conv_forward(input, weight, bias)
+        return by_patches(input, weight, bias, self.stride, self.padding)
 
 
 def by_patches(

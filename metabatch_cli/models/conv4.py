@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -28,6 +29,8 @@ class Conv4(nn.Module):
             `transductive` keeps no averages, so that those at hand count in both; `none` not.
         channels_last: memory layout of the convolutions, the faster one on CPUs.
         head: whether a linear layer follows, for classes; without it an embedding.
+        pools: how many blocks pool, the first ones; None for all.
+        flatten: whether the maps of the last block become a vector.
     """
 
     def __init__(
@@ -39,13 +42,23 @@ class Conv4(nn.Module):
         norm: Literal["batch", "transductive", "none"] = "batch",
         channels_last: bool = True,
         head: bool = False,
+        pools: Annotated[int, Ge(0)] | None = None,
+        flatten: bool = True,
     ) -> None:
         super().__init__()
         channels, *sides = x_shape
-        if min(sides) < 2**depth:
+        pools = depth if pools is None else pools
+        if pools > depth:
             raise ValueError(
-                f"depth={depth} halves an image {depth} times: {sides[0]}×{sides[1]} pixels "
-                f"are too few (at least {2**depth}×{2**depth})"
+                f"pools={pools} is more than depth={depth}: a block pools at most once"
+            )
+        if head and not flatten:
+            raise ValueError("flatten=False gives feature maps, which a head does not take")
+        if min(sides) < 2**pools:
+            said = f"pools={pools}" if pools < depth else f"depth={depth}"
+            raise ValueError(
+                f"{said} halves an image {pools} times: {sides[0]}×{sides[1]} pixels "
+                f"are too few (at least {2**pools}×{2**pools})"
             )
         blocks: list[nn.Module] = []
         for block in range(depth):
@@ -54,9 +67,9 @@ class Conv4(nn.Module):
             if norm != "none":
                 blocks.append(BatchNorm(width, track_running_stats=norm == "batch"))
             # the largest of four, then ReLU: the same as the other way round, on a quarter of them
-            blocks += [nn.MaxPool2d(2), nn.ReLU()]
-        self.blocks = nn.Sequential(*blocks, nn.Flatten())
-        features = width * (sides[0] // 2**depth) * (sides[1] // 2**depth)
+            blocks += [nn.MaxPool2d(2) if block < pools else nn.Identity(), nn.ReLU()]
+        self.blocks = nn.Sequential(*blocks, nn.Flatten() if flatten else nn.Identity())
+        features = width * (sides[0] // 2**pools) * (sides[1] // 2**pools)
         self.head = nn.Linear(features, dim_y) if head else nn.Identity()
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
@@ -66,7 +79,7 @@ class Conv4(nn.Module):
         return self.head(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head is given, `[points, features]`.
+        """What the head is given, `[points, features]`; unflattened `[points, width, …]`.
 
         Bytes 0 … 255 become numbers 0 … 1 here, on the device.
         """
@@ -74,4 +87,9 @@ class Conv4(nn.Module):
             x = x.to(next(self.parameters()).dtype) / 255
         if not inside_transform():  # vmap has no such layouts
             x = x.contiguous(memory_format=self.layout)
-        return self.blocks(x)
+        for layer, following in pairwise([*self.blocks, None]):
+            if isinstance(layer, nn.Conv2d) and isinstance(following, BatchNorm):
+                x = following.after(layer, x)
+            elif not isinstance(layer, BatchNorm):
+                x = layer(x)
+        return x

@@ -158,7 +158,7 @@ class ConvCNP(nn.Module):
         if not longest <= MAX_CELLS:
             raise ValueError(
                 f"points_per_unit={self.points_per_unit:g} makes a grid of {longest:g} cells, more "
-                f"than {MAX_CELLS}: x is not finite, or wants another unit (learner.normalisation)"
+                f"than {MAX_CELLS}: x is not finite, or wants another unit (learner.units)"
             )
         cells = torch.arange(int(longest), device=start.device, dtype=start.dtype)
         real = cells < lengths[:, None] if shortest < longest else None

@@ -5,20 +5,28 @@ from __future__ import annotations
 import torch
 
 from metabatch_cli.batching import Task
+from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.learners.anil import ANIL
+from metabatch_cli.learners.embedding import EmbeddingLearner
+from metabatch_cli.learners.finetune import Finetune
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.learners.maml import MAML
 from metabatch_cli.learners.mamlpp import MAMLPlusPlus
+from metabatch_cli.learners.matching import MatchingNet
 from metabatch_cli.learners.metasgd import MetaSGD
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.learners.protomaml import ProtoMAML
 from metabatch_cli.learners.protonet import ProtoNet
+from metabatch_cli.learners.r2d2 import R2D2
+from metabatch_cli.learners.relation import RelationNet
 from metabatch_cli.learners.reptile import Reptile
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.conv4 import Conv4
 from metabatch_cli.models.mlp import MLP
 
 SIDE = 8
+CLASSES = 7  # of the split that tasks draw theirs from
+IMAGE = (1, SIDE, SIDE)
 
 
 def regression(
@@ -44,14 +52,19 @@ def classification(
         [torch.randperm(ways, generator=generator).repeat(each) for _ in range(n_tasks)]
     )
     n_context = ways * shots
+    classes = [torch.randperm(CLASSES, generator=generator)[:ways] for _ in range(n_tasks)]
     return Task(
-        images[:, :n_context], labels[:, :n_context], images[:, n_context:], labels[:, n_context:]
+        images[:, :n_context],
+        labels[:, :n_context],
+        images[:, n_context:],
+        labels[:, n_context:],
+        {"classes": torch.stack(classes)},
     )
 
 
 def one_task(tasks: Task, index: int) -> Task:
     """A batch of one of them."""
-    return Task(*(part[index : index + 1] for part in tasks[:4]))
+    return slice_tasks(tasks, index, index + 1)
 
 
 def mlp(dim_y: int = 1, seed: int = 0) -> MLP:
@@ -64,7 +77,30 @@ def conv(norm: str, dim_y: int | None = None, seed: int = 0, **more: object) -> 
     """Two blocks for images of SIDE × SIDE."""
     torch.manual_seed(seed)
     more |= {"width": 4, "depth": 2, "norm": norm, "head": dim_y is not None}
-    return Conv4((1, SIDE, SIDE), dim_y or 1, **more).double()
+    return Conv4(IMAGE, dim_y or 1, **more).double()
+
+
+def maps(norm: str = "batch") -> Conv4:
+    """Feature maps of 4 × 4 instead of a vector."""
+    return conv(norm, pools=1, flatten=False)
+
+
+def embedding_learners(norm: str = "batch", **more: object) -> dict[str, EmbeddingLearner]:
+    """One of every kind, small, for `classification`."""
+    torch.manual_seed(0)
+    small = {"width": 4, "hidden": 3}
+    few_steps = {"eval_steps": 5, "eval_lr": 0.1}
+    learners = {
+        "protonet": ProtoNet(conv(norm), **more),
+        "matching": MatchingNet(conv(norm), IMAGE, **more),
+        "matching-euclidean": MatchingNet(conv(norm), IMAGE, "euclidean", 2.0, False, **more),
+        "matching-fce": MatchingNet(conv(norm), IMAGE, fce=True, fce_steps=2, **more),
+        "relation": RelationNet(maps(norm), IMAGE, **small, **more),
+        "r2d2": R2D2(conv(norm), **more),
+        "finetune": Finetune(conv(norm), CLASSES, IMAGE, **few_steps, **more),
+        "finetune-cosine": Finetune(conv(norm), CLASSES, IMAGE, "cosine", **few_steps, **more),
+    }
+    return {name: learner.double() for name, learner in learners.items()}
 
 
 def every_learner() -> dict[str, tuple[Learner, Task]]:
@@ -96,5 +132,5 @@ def every_learner() -> dict[str, tuple[Learner, Task]]:
             Reptile(conv("batch", 3), ways=3, inner_batch=None),
             classification(),
         ),
-        "protonet": (ProtoNet(conv("batch")), classification()),
+        **{name: (learner, classification()) for name, learner in embedding_learners().items()},
     }

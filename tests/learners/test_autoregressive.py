@@ -76,7 +76,7 @@ def one_by_one(learner: NeuralProcess, tasks: Task) -> torch.Tensor:
 @pytest.mark.parametrize("most_points", [1, 40, 2**16])
 @pytest.mark.parametrize("units", [None, UNITS])
 def test_the_joint_score_is_the_sum_of_the_conditionals(n_context, most_points, units):
-    learner, tasks = network(normalisation=units), regression(n_context=n_context)
+    learner, tasks = network(units=units), regression(n_context=n_context)
     deployed = AutoregressiveDeployment(learner, most_points=most_points)
     expected = one_by_one(learner, tasks) / 7
     torch.testing.assert_close(deployed.score(tasks)[AUTOREGRESSIVE], expected)

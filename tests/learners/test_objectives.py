@@ -221,7 +221,7 @@ MOVED = {
 def test_data_in_other_units_are_the_same_data(name):
     make, arguments = MOVED[name]
     plain = NeuralProcess(make(), **arguments)
-    scaled = NeuralProcess(make(), **arguments, normalisation=UNITS).double()
+    scaled = NeuralProcess(make(), **arguments, units=UNITS).double()
     tasks = regression()
     torch.manual_seed(1)
     loss = plain.train()(tasks)
@@ -244,25 +244,25 @@ def test_data_in_other_units_are_the_same_data(name):
 
 
 def test_units_are_saved_with_the_weights():
-    learner = NeuralProcess(of(CNP, width=8), normalisation=UNITS)
+    learner = NeuralProcess(of(CNP, width=8), units=UNITS)
     assert learner.state_dict()["units.y_std"].tolist() == [5.0]
 
 
-def test_without_normalisation_there_are_no_units():
-    learner = NeuralProcess(of(CNP, width=8), normalisation={})
+def test_without_any_there_are_no_units():
+    learner = NeuralProcess(of(CNP, width=8), units={})
     assert not [name for name in learner.state_dict() if "units" in name]
 
 
 @pytest.mark.parametrize(
     ("units", "said"),
     [
-        ({"mean": 0.0, "std": 1.0}, r"normalisation has no 'x_mean', only mean, std"),
-        (UNITS | {"y_std": [0.0]}, r"normalisation\.y_std=\[0\.0\] must be above 0"),
+        ({"mean": 0.0, "std": 1.0}, r"units has no 'x_mean', only mean, std"),
+        (UNITS | {"y_std": [0.0]}, r"units\.y_std=\[0\.0\] must be above 0"),
     ],
 )
 def test_units_that_cannot_be_are_refused(units, said):
     with pytest.raises(ValueError, match=said):
-        NeuralProcess(of(CNP, width=8), normalisation=units)
+        NeuralProcess(of(CNP, width=8), units=units)
 
 
 def test_a_bootstrap_draws_only_real_points():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metabatch_cli.batching import Task
-from metabatch_cli.learners.protonet import ProtoNet, class_means, squared_distances
+from metabatch_cli.learners.embedding import class_means, squared_distances
+from metabatch_cli.learners.protonet import ProtoNet
 from tests.learners.examples import classification, conv, one_task
 
 seeds = st.integers(0, 2**31)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
+from torch.nn import functional as F
 
 from metabatch_cli.batching import PaddedTask, Task, pack, pad
+from metabatch_cli.batching.task import tree_map
 from metabatch_cli.learners.at_once import treats_points_apart
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.learners.maml import MAML
@@ -24,7 +27,14 @@ from metabatch_cli.learners.protonet import ProtoNet
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.masking import blank, masked_mean, mean_loss, mean_over_tasks
 from metabatch_cli.models.mlp import MLP
-from tests.learners.examples import classification, conv, mlp, one_task, regression
+from tests.learners.examples import (
+    classification,
+    conv,
+    embedding_learners,
+    mlp,
+    one_task,
+    regression,
+)
 
 
 def functions(*sizes: tuple[int, int]) -> list[Task]:
@@ -41,17 +51,24 @@ def with_empty_context() -> list[Task]:
 
 def episodes() -> list[Task]:
     """Ways, shots and queries of their own."""
-    return [
+    tasks = [
         alone(classification(1, ways, shots, queries, seed=seed))
         for seed, (ways, shots, queries) in enumerate([(3, 2, 2), (2, 1, 3), (4, 3, 1)])
+    ]
+    # what they say of themselves needs a common shape: -1 for labels that they do not have
+    return [
+        task._replace(
+            aux={name: F.pad(v, (0, 4 - len(v)), value=-1) for name, v in task.aux.items()}
+        )
+        for task in tasks
     ]
 
 
 def points() -> list[Task]:
     """The same with x of two numbers instead of images."""
     return [
-        Task(
-            t.context_x[:, 0, 0, :2] / 99.0, t.context_y, t.target_x[:, 0, 0, :2] / 99.0, t.target_y
+        t._replace(
+            context_x=t.context_x[:, 0, 0, :2] / 99.0, target_x=t.target_x[:, 0, 0, :2] / 99.0
         )
         for t in map(double, episodes())
     ]
@@ -63,12 +80,12 @@ def double(task: Task) -> Task:
 
 def alone(batch: Task) -> Task:
     """The only task of a batch."""
-    return Task(*(field[0] for field in batch[:4]))
+    return tree_map(lambda field: field[0], batch)
 
 
 def batch_of(task: Task) -> Task:
     """A batch of one task."""
-    return Task(*(field[None] for field in task[:4]))
+    return tree_map(lambda field: field[None], task)
 
 
 class SeesAll(nn.Module):
@@ -116,6 +133,10 @@ def maml(model: nn.Module, **more: object) -> Callable[[], MAML]:
     return lambda: MAML(deepcopy(model).double(), inner_lr=0.1, **more)
 
 
+def embedding_learner(name: str, normalisation: str = "running") -> Learner:
+    return embedding_learners(normalisation=normalisation)[name]
+
+
 CASES: dict[str, tuple[Callable[[], Learner], Callable[[], list[Task]]]] = {
     "cnp": (neural_process, with_empty_context),
     "np, targets see each other": (lambda: NeuralProcess(Attentive().double()), functions),
@@ -128,6 +149,13 @@ CASES: dict[str, tuple[Callable[[], Learner], Callable[[], list[Task]]]] = {
     "protonet, mlp": (lambda: ProtoNet(plain_mlp(2)), points),
     "protonet, conv4": (lambda: ProtoNet(conv("batch")), episodes),
     "protonet, conv4 transductive": (lambda: ProtoNet(conv("transductive")), episodes),
+    **{
+        name: (partial(embedding_learner, name), episodes)
+        for name in list(embedding_learners())[1:]
+    },
+    "protonet, support": (partial(embedding_learner, "protonet", "support"), episodes),
+    "relation, support": (partial(embedding_learner, "relation", "support"), episodes),
+    "finetune, transductive": (partial(embedding_learner, "finetune", "transductive"), episodes),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 both_modes = pytest.mark.parametrize("training", [True, False])
@@ -205,7 +233,7 @@ def test_how_long_the_padding_is_changes_neither_loss_nor_gradient(name, trainin
 @both_modes
 def test_without_padding_a_padded_batch_is_the_plain_one(name, training):
     learner, tasks = case(name, training)
-    plain = Task(*(torch.stack([field] * 3) for field in tasks[0][:4]))
+    plain = tree_map(lambda field: torch.stack([field] * 3), tasks[0])
     padded = pad([tasks[0]] * 3)
     assert padded.context_mask.all()
     assert_same(loss_and_gradients(learner, padded), loss_and_gradients(learner, plain))
@@ -270,7 +298,7 @@ def test_a_batch_without_any_target_has_loss_0_and_gradient_0(name):
 @every_case
 def test_a_task_that_is_all_padding_does_no_harm(name):
     learner, tasks = case(name)
-    nothing = Task(*(field[:0] for field in tasks[0][:4]))
+    nothing = Task(*(field[:0] for field in tasks[0][:4]), tasks[0].aux)
     expected = loss_and_gradients(learner, pad(tasks))
     assert_same(loss_and_gradients(learner, pad([*tasks, nothing])), expected)
     batch = pad([*tasks, nothing])

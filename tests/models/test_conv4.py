@@ -86,3 +86,30 @@ def test_none_has_no_normalisation_but_a_bias():
     model = conv4(norm="none")
     assert not [m for m in model.modules() if isinstance(m, BatchNorm)]
     assert all(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+
+
+@pytest.mark.parametrize(("pools", "side"), [(0, 28), (2, 7), (4, 1)])
+def test_maps_are_halved_as_often_as_is_said(pools, side):
+    model = Conv4((1, 28, 28), width=3, pools=pools, flatten=False)
+    assert model(bytes_of(2, side=28)).shape == (2, 3, side, side)
+    assert model.blocks[0].weight.shape == (3, 1, 3, 3)
+    flat = Conv4((1, 28, 28), width=3, pools=pools)
+    flat.load_state_dict(model.state_dict())
+    images = bytes_of(2, side=28)
+    torch.testing.assert_close(flat.eval()(images), model.eval()(images).flatten(1))
+
+
+def test_maps_for_a_head_and_more_pools_than_blocks_are_refused():
+    with pytest.raises(ValueError, match="flatten=False"):
+        Conv4((1, 28, 28), head=True, flatten=False)
+    with pytest.raises(ValueError, match="pools=5 is more than depth=4"):
+        Conv4((1, 64, 64), pools=5)
+    with pytest.raises(ValueError, match="pools=3 halves"):
+        Conv4((1, 7, 7), pools=3)
+
+
+def test_in_evaluation_it_is_its_layers_one_after_the_other():
+    model = conv4(norm="batch")
+    model.train()(bytes_of(6))
+    images = bytes_of(3, seed=1).double() / 255
+    torch.testing.assert_close(model.eval()(images), model.blocks(images))

@@ -126,17 +126,30 @@ def test_nothing_is_written_into_a_buffer(mode, training):
 
 @pytest.mark.parametrize("n_context", [None, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_of_first_and_second_order_flow_through_the_moments(n_context, layout):
-    own = layer()
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_of_first_and_second_order_flow_through_the_moments(n_context, layout, affine):
+    own = layer(affine=affine) if affine else BatchNorm(3, affine=False).double()
     x = normal(3, 3, 2, 2).to(memory_format=layout)
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def call(x: Tensor, *affine: Tensor) -> Tensor:
+        weights = dict(zip(("weight", "bias"), affine, strict=False))
         with normalised(own, "support", n_context):
-            return functional_call(own, {"weight": weight, "bias": bias}, (x,))
+            return functional_call(own, weights, (x,))
 
-    given = tuple(part.detach().clone().requires_grad_() for part in (x, own.weight, own.bias))
+    given = [part.detach().clone().requires_grad_() for part in (x, *own.parameters())]
     assert torch.autograd.gradcheck(call, given)
     assert torch.autograd.gradgradcheck(call, given)
+
+
+@given(OURS_OR_TORCHS, st.booleans())
+def test_first_derivatives_are_the_same_whether_second_ones_may_follow_or_not(shape, affine):
+    own = layer() if affine else BatchNorm(3, affine=False).double()
+    x = normal(*shape).requires_grad_()
+    with normalised(own, "transductive"):
+        loss = own(x).sin().sum()
+    wanted = [x, *own.parameters()]
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, wanted, create_graph=True), once)
 
 
 def test_a_choice_ends_with_its_block_whatever_happens_in_it_and_blocks_nest():
@@ -162,6 +175,54 @@ def test_moments_of_half_precision_are_taken_in_32_bits():
     assert found.dtype == torch.bfloat16
     exact = by_hand(x.double(), x[:32].double(), own)
     torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-2, atol=1e-2)
+
+
+# --- behind a convolution -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4, 3), (2, 4, (3, 5)), (1, 12, 2), (1, 12, 1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"stride": 2}, {"padding_mode": "reflect"}]
+)
+def test_with_a_convolution_it_is_the_one_behind_the_other(mode, training, shape, options):
+    inputs, outputs, kernel = shape
+    options = {"padding": 1, "bias": False, **options}
+    convolution = nn.Conv2d(inputs, outputs, kernel, **options).double()
+    ways = []
+    for together in (True, False):
+        own = layer(outputs).train(training)
+        x = normal(5, inputs, 6, 7).requires_grad_()
+        with normalised(own, mode, 3):
+            y = own.after(convolution, x) if together else own(convolution(x))
+        wanted = [x, *convolution.parameters(), *own.parameters()]
+        ways.append([y, *own.buffers(), *torch.autograd.grad(y.sin().sum(), wanted)])
+    for one, other in zip(*ways, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_moments_from_patches_are_cumulative_where_torchs_are():
+    convolution = nn.Conv2d(1, 12, 3).double()
+    own, other = layer(12, momentum=None), layer(12, momentum=None)
+    for seed in range(3):
+        x = normal(4, 1, 5, 5, seed=seed)
+        own.after(convolution, x)
+        other(convolution(x))
+    for one, two in zip(own.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_half_precision_loses_nothing_by_it():
+    torch.manual_seed(0)
+    convolution, own = nn.Conv2d(1, 16, 3, padding=1), BatchNorm(16)
+    x = torch.rand(8, 1, 12, 12)
+    exact = own(convolution(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ways = [own.after(convolution, x), own(convolution(x))]
+    assert all(y.dtype == torch.bfloat16 for y in ways)
+    together, apart = ((y.float() - exact).square().mean() for y in ways)
+    assert together < 2 * apart
 
 
 # --- under transforms ---------------------------------------------------------------------------

@@ -420,7 +420,7 @@ class Specified(Numbers):
         ({"x_shape": (2,)}, "x_shape"),
         ({"y_shape": (3,)}, "y_shape"),
         ({"kind": "image"}, "kind"),
-        ({"normalisation": {"y_mean": [1.0]}}, "normalisation"),
+        ({"units": {"y_mean": [1.0]}}, "units"),
         ({"ways": 5}, "ways"),
     ],
 )

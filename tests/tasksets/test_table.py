@@ -176,7 +176,7 @@ def test_a_context_that_is_neither_is_refused(file):
 # --- what is known ---------------------------------------------------------------------------
 
 
-def test_the_spec_has_the_shapes_and_the_training_groups_normalisation_in_every_split(file):
+def test_the_spec_has_the_shapes_and_the_training_groups_units_in_every_split(file):
     specs = [table(file, split=split).spec for split in SPLITS]
     assert specs[0] == specs[1] == specs[2]
     assert (specs[0].dim_x, specs[0].dim_y) == (1, 2)
@@ -184,10 +184,10 @@ def test_the_spec_has_the_shapes_and_the_training_groups_normalisation_in_every_
     rows = torch.cat(
         [task.target_y for task in make(trained, range(len(trained)), 0, 99).unpad()]
     ).double()
-    torch.testing.assert_close(torch.tensor(specs[0].normalisation["y_mean"]), rows.mean(0).float())
+    torch.testing.assert_close(torch.tensor(specs[0].units["y_mean"]), rows.mean(0).float())
     std = rows.std(0, correction=0)
-    torch.testing.assert_close(torch.tensor(specs[0].normalisation["y_std"]), std.float())
-    assert all(isinstance(n, float) for values in specs[0].normalisation.values() for n in values)
+    torch.testing.assert_close(torch.tensor(specs[0].units["y_std"]), std.float())
+    assert all(isinstance(n, float) for values in specs[0].units.values() for n in values)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
