@@ -153,7 +153,7 @@ class Episodes(TaskSet):
             parts.insert(0, f"every {self.turn} turned by a random multiple of 90°")
         if self.ragged:
             parts.insert(0, self.law.own())  # type: ignore[attr-defined]
-        return ", ".join(filter(None, parts))
+        return "; ".join(filter(None, parts))
 
     def __gettasks__(  # type: ignore[override]  # the law way_shot adds three sizes
         self,
