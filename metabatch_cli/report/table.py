@@ -24,12 +24,15 @@ from metabatch_cli.report.interval import mean_and_interval
 
 VERSION = 1  # of the JSON
 
-# what runs of one row may differ in: nothing that their numbers depend on by more than chance
+# what runs of one row may differ in: nothing that their numbers depend on by more than chance,
+# and what is decided for each by measuring (`Parts.choose`), the same but for rounding
 OF_A_RUN = {
     "seed",
     "data_dir",
     "loader.device",  # jobs of a sweep are spread over what there is
     "trainer.threads",
+    "trainer.compile",
+    "learner.inner_loop",
     "evaluation.figures",
     *FREE_TO_CHANGE,
 } - {"trainer.max_steps", "trainer.max_time"}
@@ -256,14 +259,15 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def read_run(path: Path) -> RunRecord:
     """What the directory of a run says of it; a broken one says that it is."""
     run = RunDirectory(path)
+    in_use = run.in_use  # asked first: a run that ends now must not be taken for a killed one
     try:
         config = run.read_config()
         result = _read_json(run.result_file)
         typed = _read_typed(run.overrides_file)
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError, yaml.YAMLError) as error:
         return RunRecord(path, "unreadable", error=str(error).splitlines()[0])
     status = result.get("status", "not begun")
-    if status == "running" and not run.in_use:
+    if status == "running" and not in_use:
         status = "killed"
     return RunRecord(
         directory=path,
@@ -304,14 +308,31 @@ def _read_typed(file: Path) -> dict[str, str]:
 
 
 def grouped(runs: Iterable[RunRecord]) -> list[Group]:
-    """Runs of the same configuration together, but for what is a run's own (`OF_A_RUN`)."""
+    """Runs of the same configuration together, but for what is a run's own (`OF_A_RUN`).
+
+    A key of which several values were typed, as in `-m loader.workers=0,2`, is not: whoever does
+    that wants to compare them.
+    """
+    runs = list(runs)
+    varied = _varied(runs) - {"seed"}
     groups: dict[str, Group] = {}
     for run in runs:
-        config = {key: value for key, value in run.config.items() if not is_of_a_run(key)}
+        config = {
+            key: value for key, value in run.config.items() if key in varied or not is_of_a_run(key)
+        }
         name = json.dumps(config, sort_keys=True, default=str)
         before = groups.get(name)
         groups[name] = Group(config, [*(before.runs if before else []), run])
     return list(groups.values())
+
+
+def _varied(runs: Iterable[RunRecord]) -> set[str]:
+    """The keys that were typed with more than one value."""
+    typed: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.typed.items():
+            typed.setdefault(key, set()).add(value)
+    return {key for key, values in typed.items() if len(values) > 1}
 
 
 def is_of_a_run(key: str) -> bool:
@@ -346,7 +367,10 @@ def telling_columns(groups: Sequence[Group]) -> list[str]:
 def _typed_keys(groups: Sequence[Group]) -> list[str]:
     """What was typed and differs."""
     typed = dict.fromkeys(key for group in groups for run in group.runs for key in run.typed)
-    return [key for key in typed if not is_of_a_run(key) and _differs(groups, key)]
+    compared = {key for group in groups for key in group.config}
+    return [
+        key for key in typed if (key in compared or not is_of_a_run(key)) and _differs(groups, key)
+    ]
 
 
 def _telling(groups: Sequence[Group], keys: Sequence[str], columns: Sequence[str]) -> list[str]:

@@ -97,6 +97,22 @@ def test_what_is_a_runs_own_separates_nothing(tmp_path: Path) -> None:
     assert len(group.counted) == 3
 
 
+def test_what_is_a_runs_own_is_compared_where_somebody_typed_several_values(tmp_path: Path) -> None:
+    for number, (seed, threads) in enumerate([(0, 1), (1, 1), (0, 2), (1, 2)]):
+        typed = (f"trainer.threads={threads}", "loader.workers=0")
+        write(
+            tmp_path / f"{number}",
+            seed,
+            typed=typed,
+            trainer={"threads": threads},
+            loader={"workers": 0},
+        )
+    summary = summarise([tmp_path])
+    assert list(summary.columns) == ["trainer.threads"]
+    assert [len(group.counted) for group in summary.groups] == [2, 2]
+    assert len(summarise([tmp_path / "0", tmp_path / "1"]).groups) == 1
+
+
 @pytest.mark.parametrize("key", ["trainer.max_steps", "loader.batch_size", "evaluation.seed"])
 def test_what_numbers_depend_on_separates(tmp_path: Path, key: str) -> None:
     section, _, name = key.partition(".")
@@ -246,9 +262,11 @@ def test_every_run_that_did_not_complete_is_named_with_its_reason(tmp_path: Path
     (tmp_path / "6" / "config.yaml").write_text("a: [1\n")
     write(tmp_path / "7")
     (tmp_path / "7" / "result.json").write_text('{"status": ')
+    write(tmp_path / "8")
+    (tmp_path / "8" / "overrides.yaml").write_text("- [a\n")
     summary = summarise([tmp_path])
     statuses = {run.directory.name: run.status for run in summary.runs}
-    broken = dict.fromkeys("567", "unreadable")
+    broken = dict.fromkeys("5678", "unreadable")
     assert statuses == {"0": "completed", "1": "failed", "2": "interrupted", "3": "killed"} | broken
     printed = said(tmp_path, width=300)
     assert "1 of 4" in printed
