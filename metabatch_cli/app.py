@@ -37,6 +37,9 @@ COMMANDS = {
     "bench": Command(
         "metabatch_cli.commands.bench", "how fast: loaders, training steps", "WHAT [KEY=VALUE …]"
     ),
+    "report": Command(
+        "metabatch_cli.commands.report", "one table from runs and sweeps, over seeds", "DIR …"
+    ),
     "ls": Command("metabatch_cli.commands.ls", "what there is: experiments, models …", "[GROUP]"),
 }
 

@@ -125,16 +125,19 @@ class LabelledImages:
         """The class of each image, int64 `[images]`."""
         return np.repeat(np.arange(len(self.turns)), self.sizes)
 
-    def take(self, images: np.ndarray) -> np.ndarray:
+    def take(self, images: np.ndarray, turns: np.ndarray | None = None) -> np.ndarray:
         """Some images, turned as their classes are: uint8 `[…, C, H, W]`.
 
         Args:
             images: their numbers, int64 `[…]`.
+            turns: further quarter turns of each, int64 `[…]`; of square images only.
         """
         # a plain view: a memmap would make every result a memmap, at a price
         taken = self.pixels.view(np.ndarray).take(self.rows[images], axis=0)
         if self.turns.any():
-            turns = self.turns[np.searchsorted(self.starts, images, side="right") - 1]
+            own = self.turns[np.searchsorted(self.starts, images, side="right") - 1]
+            turns = own if turns is None else own + turns
+        if turns is not None:
             for turn in (1, 2, 3):
                 chosen = np.nonzero(turns % 4 == turn)
                 taken[chosen] = np.rot90(taken[chosen], turn, axes=(-2, -1))

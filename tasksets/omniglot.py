@@ -17,7 +17,8 @@ import platformdirs
 from annotated_types import Ge
 from PIL import Image
 
-from metabatch_cli.batching.arguments import one_of
+from metabatch_cli.batching.arguments import at_least, one_of
+from metabatch_cli.batching.streams import Stream, permutation
 from metabatch_cli.batching.taskset import SPLITS, Split
 from tasksets.image_cache import Decoded, cached_images, open_image
 from tasksets.images import DataError, LabelledImages
@@ -37,7 +38,9 @@ _ARCHIVES = {  # characters in it, and the official MD5
     "images_background.zip": (964, "68d2efa1b9178cc56df9314c21c6e718"),
     "images_evaluation.zip": (659, "6b91aef0f799c5bb55b94e3f2daec811"),
 }
+_CHARACTERS = sum(count for count, _ in _ARCHIVES.values())
 _VINYALS = {"train": 1028, "val": 172, "test": 423}  # characters
+_NAMED = 3  # alphabets that `note` names, of those that splits share
 _MEMBER = re.compile(r"(?:.*/)?([^/]+/character\d+)/[^/.][^/]*\.png")
 _SPLIT_LINE = re.compile(r"([^/]+/character\d+)/rot(000|090|180|270)")
 
@@ -46,11 +49,20 @@ class Omniglot:
     """The characters of Lake et al. 2015 ("Human-level concept learning through probabilistic
     program induction"), strokes white on black.
 
-    `split_by="vinyals"` is the split of Vinyals et al. 2016 (arXiv:1606.04080) in the version of
-    prototypical networks (Snell et al. 2017, arXiv:1703.05175): 1028, 172 and 423 characters,
-    where train and test share alphabets. `split_by="alphabets"` keeps Lake's own border: the 30
-    alphabets of the background set are to learn from (the last 5 of them in the order of their
-    names for validation), the 20 of the evaluation set to be tested on.
+    Three ways to split them, of which only the second keeps alphabets apart:
+
+    - "vinyals": the split of Vinyals et al. 2016 (arXiv:1606.04080) in the version of
+      prototypical networks (Snell et al. 2017, arXiv:1703.05175): 1028, 172 and 423 characters.
+    - "alphabets": Lake's own border. The 30 alphabets of the background set are to learn from
+      (the last 5 of them in the order of their names for validation), the 20 of the evaluation
+      set to be tested on.
+    - "random": characters at random, whatever their alphabet: `train` of them, `val`, and the
+      rest. The defaults, 1100 and 100, are the numbers of MAML (Finn et al. 2017,
+      arXiv:1703.03400: 1200 characters to train on, of which its code takes 100 for validation);
+      1150 and 50 those of MAML++ (Antoniou et al. 2019, arXiv:1810.09502); both leave 423. The
+      papers do not list their characters, so which they are here is our own draw, by `seed`.
+
+    `shared_alphabets` says which alphabets are on both sides, `note` too.
 
     Reads `DATA_DIR/omniglot/images_background.zip` and `images_evaluation.zip`, and for Vinyals'
     split `DATA_DIR/omniglot/splits/vinyals_{train,val,test}.txt`. An archive is recognised by
@@ -58,37 +70,50 @@ class Omniglot:
 
     Args:
         data_dir: by default `$METABATCH_DATA`, else `data` in the user's cache folder.
-        split_by: "vinyals" or "alphabets".
+        split_by: "vinyals", "alphabets" or "random".
         rotations: whether every character turned by 90°, 180° and 270° makes three further
             classes (in every split: 4112, 688 and 1692 classes with Vinyals').
         image_size: pixels in height and width; the originals have 105.
         download: whether what is missing is downloaded.
         train_on: "trainval" adds the validation classes to the training classes, for a last
             training once everything is chosen.
+        train, val: characters to train on and to validate with, for "random".
+        seed: which characters they are, for "random".
 
     Raises:
-        ValueError: an argument that is none of those.
+        ValueError: an argument that is none of those, or no character left to test on.
     """
 
     def __init__(
         self,
         data_dir: str | Path | None = None,
-        split_by: Literal["vinyals", "alphabets"] = "vinyals",
+        split_by: Literal["vinyals", "alphabets", "random"] = "vinyals",
         rotations: bool = True,
         image_size: Annotated[int, Ge(1)] = 28,
         download: bool = True,
         train_on: Literal["train", "trainval"] = "train",
+        train: Annotated[int, Ge(1)] = 1100,
+        val: Annotated[int, Ge(1)] = 100,
+        seed: int = 0,
     ) -> None:
-        one_of("split_by", split_by, ("vinyals", "alphabets"))
+        one_of("split_by", split_by, ("vinyals", "alphabets", "random"))
         one_of("train_on", train_on, ("train", "trainval"))
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size} must be at least 1")
+        at_least("image_size", image_size, 1)
+        at_least("train", train, 1)
+        at_least("val", val, 1)
+        if train + val >= _CHARACTERS:
+            raise ValueError(
+                f"train={train} and val={val} leave none of the {_CHARACTERS} characters to test on"
+            )
         self.folder = data_folder(data_dir) / "omniglot"
         self.split_by = split_by
         self.rotations = rotations
         self.image_size = image_size
         self.download = download
         self.train_on = train_on
+        self.train = train
+        self.val = val
+        self.seed = seed
 
     def select(self, split: Split) -> LabelledImages:
         """The classes of a split, named `ALPHABET/characterNN/rotDDD`.
@@ -97,40 +122,80 @@ class Omniglot:
             DataError: a file that is missing and cannot be downloaded, or is not what it
                 should be.
         """
-        one_of("split", split, SPLITS)
-        parts: list[Split] = [split]
-        if split == "train" and self.train_on == "trainval":
-            parts = ["train", "val"]
-        select = self._by_vinyals if self.split_by == "vinyals" else self._by_alphabets
-        return select(parts)
-
-    def _by_vinyals(self, parts: Sequence[Split]) -> LabelledImages:
-        classes: list[tuple[str, int]] = []
-        for part in parts:
-            classes += self._read_split(part)
-        if not self.rotations:
-            classes = [(character, turn) for character, turn in classes if turn == 0]
-        images, characters = self._open()
-        unknown = {character for character, _ in classes}.difference(characters)
-        if unknown:
-            raise DataError(
-                f"{self.folder}: the splits name {min(unknown)}, which no archive holds"
-            )
+        parts = self._parts(split)
+        if self.split_by == "vinyals":
+            classes = self._read_splits(parts)
+            if not self.rotations:
+                classes = [(character, turn) for character, turn in classes if turn == 0]
+            images, characters = self._open()
+            unknown = {character for character, _ in classes}.difference(characters)
+            if unknown:
+                raise DataError(
+                    f"{self.folder}: the splits name {min(unknown)}, which no archive holds"
+                )
+        else:
+            images, characters = self._open()
+            turns = range(TURNS if self.rotations else 1)
+            classes = [(c, turn) for c in self._draw(parts, characters) for turn in turns]
         return _labelled(images, characters, classes)
 
-    def _by_alphabets(self, parts: Sequence[Split]) -> LabelledImages:
-        images, characters = self._open()
+    def shared_alphabets(self, split: Split = "test", other: Split = "train") -> tuple[str, ...]:
+        """The alphabets that have characters in both of two splits, in the order of their names.
+
+        Raises:
+            DataError: as `select`.
+        """
+        return tuple(sorted(self._alphabets(split) & self._alphabets(other)))
+
+    @property
+    def note(self) -> str:
+        """Whether what is tested is of alphabets that were trained on, and of which."""
+        shared = self.shared_alphabets()
+        if not shared:
+            return "test shares no alphabet with train"
+        count = f"{len(shared)} alphabet{'s' * (len(shared) > 1)}"
+        names = ", ".join([*shared[:_NAMED], *["…"] * (len(shared) > _NAMED)])
+        return f"test shares {count} with train: {names}"
+
+    # --- which characters ---------------------------------------------------------------------
+
+    def _parts(self, split: Split) -> tuple[Split, ...]:
+        """The parts of the published split that a split of ours is."""
+        one_of("split", split, SPLITS)
+        both = split == "train" and self.train_on == "trainval"
+        return ("train", "val") if both else (split,)
+
+    def _alphabets(self, split: Split) -> set[str]:
+        parts = self._parts(split)
+        if self.split_by == "vinyals":
+            return {_alphabet(character) for character, _ in self._read_splits(parts)}
+        return {_alphabet(character) for character in self._draw(parts, self._open()[1])}
+
+    def _draw(self, parts: Sequence[Split], characters: Sequence[str]) -> list[str]:
+        """Those of all characters that are in some parts of "alphabets" or "random"."""
+        divide = self._by_alphabet if self.split_by == "alphabets" else self._at_random
+        divided = divide(characters)
+        return [character for part in parts for character in divided[part]]
+
+    def _by_alphabet(self, characters: Sequence[str]) -> dict[Split, list[str]]:
         border = _ARCHIVES["images_background.zip"][0]
-        if "test" in parts:
-            chosen = characters[border:]
-        else:
-            background = characters[:border]
-            alphabets = sorted({_alphabet(character) for character in background})
-            mine = {"train": alphabets[:-VAL_ALPHABETS], "val": alphabets[-VAL_ALPHABETS:]}
-            wanted = {alphabet for part in parts for alphabet in mine[part]}
-            chosen = [character for character in background if _alphabet(character) in wanted]
-        turns = range(TURNS if self.rotations else 1)
-        return _labelled(images, characters, [(c, turn) for c in chosen for turn in turns])
+        background = characters[:border]
+        held_out = sorted({_alphabet(character) for character in background})[-VAL_ALPHABETS:]
+        return {
+            "train": [c for c in background if _alphabet(c) not in held_out],
+            "val": [c for c in background if _alphabet(c) in held_out],
+            "test": list(characters[border:]),
+        }
+
+    def _at_random(self, characters: Sequence[str]) -> dict[Split, list[str]]:
+        words = Stream(self.seed, "omniglot", "characters").words(len(characters), 0)
+        parts = np.split(permutation(words), [self.train, self.train + self.val])
+        return {
+            split: [characters[number] for number in np.sort(part)]
+            for split, part in zip(SPLITS, parts, strict=True)
+        }
+
+    # --- their drawings -----------------------------------------------------------------------
 
     def _open(self) -> tuple[np.ndarray, list[str]]:
         """All drawings, `[20 * characters, 1, S, S]`, and the names of the characters."""
@@ -143,6 +208,10 @@ class Omniglot:
             [_VERSION, self.image_size, *hashes],
             lambda: _decode(paths, self.image_size),
         )
+
+    def _read_splits(self, parts: Sequence[Split]) -> list[tuple[str, int]]:
+        """The classes of some parts of Vinyals' split: character and quarter turns."""
+        return [entry for part in parts for entry in self._read_split(part)]
 
     def _read_split(self, part: Split) -> list[tuple[str, int]]:
         """The classes of a part of Vinyals' split: character and quarter turns."""

@@ -83,6 +83,7 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
+    from metabatch_cli.engine.memory import keep_freed_memory
     from metabatch_cli.engine.run import load_run
     from metabatch_cli.report.console import Reporter
     from metabatch_cli.report.files import write_json
@@ -99,6 +100,7 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         kept = plain["evaluation"]["test"] or {}
         kept = {} if is_several(kept, plain["taskset"]) else kept
         plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
+    keep_freed_memory()  # as a training does: every batch asks for the same again
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
     evaluation = run.score()
     reporter = Reporter()

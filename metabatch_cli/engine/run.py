@@ -145,6 +145,7 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         metrics=evaluation.metrics,
         calibration=evaluation.calibration,
         digests=evaluation.digests,
+        note=parts.taskset.note,
         monitor={"metric": f"val/{trainer.metric.name}", "best": trainer.best},
     )
     trainer.reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)

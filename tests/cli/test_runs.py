@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ HOLD = '''
 """A logger that says when a row is written, and waits there for its end."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -314,6 +316,11 @@ def test_a_sweep_has_a_completed_run_for_each_pair_of_values(tmp_path):
     assert sorted(entry["seed"] for entry in found) == [0, 0, 1, 1]
     assert len({entry["metrics"]["test/mse"]["mean"] for entry in found}) == 4
     assert len({entry["digests"]["test"] for entry in found}) == 1
+    said = metabatch("report", "multirun", cwd=tmp_path).stdout
+    assert "4 runs of 2 configurations" in said
+    assert re.search(
+        r"^model.decoder_depth +log_likelihood +runs +time *\n1 .* 2 +0:00", said, re.M
+    )
 
 
 def test_in_a_sweep_a_mistake_of_one_job_does_not_cost_the_others(tmp_path):

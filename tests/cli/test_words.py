@@ -54,7 +54,7 @@ def test_an_unknown_verb_ends_with_2_and_the_nearest(tmp_path, word, near):
 
 @pytest.mark.parametrize(
     "words",
-    [("train", "--foo"), ("ls", "--foo"), ("resume",)],
+    [("train", "--foo"), ("ls", "--foo"), ("resume",), ("report",), ("report", ".", "--foo")],
     ids=" ".join,
 )
 def test_an_unknown_option_ends_with_2_and_the_usage(tmp_path, words):
@@ -72,6 +72,7 @@ def test_an_unknown_option_ends_with_2_and_the_usage(tmp_path, words):
         ("train", *TINY[:1], "--cfg", "job"),
         ("train", "--help"),
         ("eval", "--help"),
+        ("report", "nowhere"),
         ("bench",),
         ("bench", "loader", "--help"),
         ("bench", "loader", "--cfg", "job"),
@@ -246,6 +247,7 @@ MODELS = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
         ("metabatch eval run=", {"run=outputs/", "run=other/"}),
         ("metabatch eval run=outputs/", {"run=outputs/one/", "run=outputs/two/"}),
         ("metabatch resume ot", {"other/"}),
+        ("metabatch report ou", {"outputs/"}),
         ("metabatch --version ", set()),
     ],
 )

@@ -196,6 +196,9 @@ def test_classes_may_share_images_and_turn_them(turn: int) -> None:
     )
     taken = images.take(3 * turn + np.array([[0, 1], [2, 0]]))
     assert np.array_equal(taken, np.rot90(pixels[[[0, 1], [2, 0]]], turn, axes=(-2, -1)))
+    further = images.take(3 * turn + np.arange(3), np.array([0, 1, 3]))
+    for image, more in enumerate((0, 1, 3)):
+        assert np.array_equal(further[image], np.rot90(pixels[image], turn + more, axes=(-2, -1)))
 
 
 def test_memory_maps_travel_as_their_path(tmp_path) -> None:

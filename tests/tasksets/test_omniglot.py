@@ -71,6 +71,12 @@ def small_archives(folder: Path, change: Callable[[str], bytes | None] = lambda 
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such archives, with no split files; decoded once."""
+    return small_archives(tmp_path_factory.mktemp("small"))
+
+
 def characters(names: tuple[str, ...]) -> set[str]:
     return {name.rsplit("/", 1)[0] for name in names}
 
@@ -106,7 +112,65 @@ def test_split_by_alphabets_shares_no_alphabet(data: Path) -> None:
     assert len(trainval.class_names) == 4 * 964
 
 
-@pytest.mark.parametrize("split_by", ["vinyals", "alphabets"])
+@pytest.mark.parametrize(("train", "val"), [(1100, 100), (1150, 50)])
+def test_random_characters_are_as_many_as_asked_for(data: Path, train: int, val: int) -> None:
+    dataset = Omniglot(data, "random", rotations=False, train=train, val=val)
+    parts = [characters(dataset.select(split).class_names) for split in SPLITS]
+    assert [len(part) for part in parts] == [train, val, 423]
+    assert len(set.union(*parts)) == 1623
+    assert parts[2] == characters(Omniglot(data, "random").select("test").class_names)
+    assert len(Omniglot(data, "random", train=train, val=val).select("val").class_names) == 4 * val
+    both = Omniglot(data, "random", train_on="trainval", train=train, val=val).select("train")
+    assert characters(both.class_names) == parts[0] | parts[1]
+    other = Omniglot(data, "random", seed=1, train=train, val=val).select("test")
+    assert characters(other.class_names) != parts[2]
+
+
+def test_gurmukhi_is_the_one_alphabet_on_both_sides_of_vinyals_split(data: Path) -> None:
+    dataset = Omniglot(data)
+    assert dataset.shared_alphabets() == dataset.shared_alphabets("train", "test") == ("Gurmukhi",)
+    assert dataset.shared_alphabets("val", "train") == dataset.shared_alphabets("test", "val") == ()
+    assert dataset.note == "test shares 1 alphabet with train: Gurmukhi"
+    tasks = Episodes(dataset, vary="task", ways=[5, 20], shots=1)
+    assert tasks.note == f"5–20 ways for each task; {dataset.note}"
+
+
+def test_random_characters_leave_no_alphabet_for_the_test_alone(data: Path) -> None:
+    dataset = Omniglot(data, "random")
+    assert len(dataset.shared_alphabets()) == 50
+    first = "Alphabet_of_the_Magi, Angelic, Anglo-Saxon_Futhorc, …"
+    assert dataset.note == f"test shares 50 alphabets with train: {first}"
+    assert Omniglot(data, "alphabets").note == "test shares no alphabet with train"
+
+
+def test_shared_alphabets_are_counted_from_the_archives(small: Path) -> None:
+    assert Omniglot(small, "alphabets", image_size=3).shared_alphabets() == ()
+    everywhere = Omniglot(small, "random", image_size=3, train=1600, val=20)
+    assert len(everywhere.select("test").class_names) == 4 * 3
+    tested = {name.split("/")[0] for name in everywhere.select("test").class_names}
+    assert everywhere.shared_alphabets() == tuple(sorted(tested))
+
+
+def test_shared_alphabets_are_counted_from_the_lists_of_a_split(tmp_path: Path) -> None:
+    lists = tmp_path / "omniglot" / "splits"
+    lists.mkdir(parents=True)
+    for split, count, first in (("train", 1028, 0), ("val", 172, 1100), ("test", 423, 1020)):
+        lines = [
+            f"letters{number // 40:02d}/character{number}/rot{turn:03d}"
+            for number in range(first, first + count)
+            for turn in range(0, 360, 90)
+        ]
+        (lists / f"vinyals_{split}.txt").write_text("\n".join(lines))
+    dataset = Omniglot(tmp_path, download=False)  # the lists will do: there are no archives
+    assert dataset.shared_alphabets() == ("letters25",)
+    assert dataset.shared_alphabets("val") == ()
+    assert dataset.shared_alphabets("test", "val") == tuple(f"letters{n}" for n in range(27, 32))
+    assert Omniglot(tmp_path, train_on="trainval", download=False).note.startswith(
+        "test shares 6 alphabets with train: letters25, letters27, letters28, …"
+    )
+
+
+@pytest.mark.parametrize("split_by", ["vinyals", "alphabets", "random"])
 def test_drawings_of_a_class_are_those_of_its_folder_turned(data: Path, split_by: str) -> None:
     images = Omniglot(data, split_by=split_by).select("train")
     for number in (0, 1, 2, 3, 1234, len(images.class_names) - 1):
@@ -123,8 +187,8 @@ def test_drawings_of_a_class_are_those_of_its_folder_turned(data: Path, split_by
         assert taken[0].mean() < 64 < taken.max()  # white strokes on black
 
 
-def test_image_size_of_the_originals_keeps_them_as_they_are(tmp_path: Path) -> None:
-    images = Omniglot(small_archives(tmp_path), "alphabets", False, image_size=3).select("test")
+def test_image_size_of_the_originals_keeps_them_as_they_are(small: Path) -> None:
+    images = Omniglot(small, "alphabets", False, image_size=3).select("test")
     assert images.shape == (1, 3, 3)
     assert len(images) == 659 * 20
     assert not images.take(np.arange(len(images))).any()  # all paper
@@ -286,7 +350,15 @@ def test_data_dir_is_given_or_the_environments_or_in_the_cache(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"split_by": "author"}, {"train_on": "test"}, {"image_size": 0}]
+    "arguments",
+    [
+        {"split_by": "author"},
+        {"train_on": "test"},
+        {"image_size": 0},
+        {"train": 0},
+        {"val": 0},
+        {"train": 1600, "val": 23},
+    ],
 )
 def test_impossible_arguments_are_refused(arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):

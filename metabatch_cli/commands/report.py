@@ -1,0 +1,53 @@
+"""`metabatch report DIR…`: one table from runs and sweeps, over their seeds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from metabatch_cli.commands.resume import complete
+
+__all__ = ["complete", "main"]
+
+
+def main(words: list[str]) -> None:
+    """Read the runs, print the table, write the same as JSON where that is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="metabatch report",
+        description="One table from runs and sweeps: a row for each configuration, its scores "
+        "over seeds, and what became of every run.",
+    )
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIR", help="runs, or folders with runs below them"
+    )
+    parser.add_argument(
+        "--metrics",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what to show instead of the metric that chose the weights, such as accuracy, "
+        "'mse@*' or '*'; may be given several times",
+    )
+    parser.add_argument("--runs", action="store_true", help="list every run, completed ones too")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to a file")
+    options = parser.parse_args(words)
+
+    from metabatch_cli.report.console import make_console
+    from metabatch_cli.report.table import summarise
+    from metabatch_cli.report.terminal_table import render
+
+    summary = summarise(options.directories, options.metrics)
+    if options.json is not None:
+        everything = [*summary.metrics, *summary.others]
+        _write(options.json, summary.as_json(summary.metrics if options.metrics else everything))
+    render(summary, make_console(), every_run=options.runs)
+
+
+def _write(path: str, tree: object) -> None:
+    from metabatch_cli.config.errors import ConfigError
+    from metabatch_cli.report.files import write_json
+
+    try:
+        write_json(Path(path).expanduser(), tree)
+    except OSError as error:
+        raise ConfigError("--json", f"cannot be written: {error.strerror}", value=path) from error
