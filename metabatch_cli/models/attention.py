@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IN_CACHE = 1 << 20  # logits
+BOUND = 1e-15  # of sums of exponentials
 
 
 def attend(
@@ -41,28 +44,81 @@ def attend(
     seen = None if mask is None else mask.any(dim=-1, keepdim=True)
     if mask is not None and seen is not None:
         mask = (mask | ~seen)[:, None]  # a row without any key has no softmax
-    query, key, value = (
-        part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
-    )
-    few = query.shape[:3].numel() * key.shape[2] <= IN_CACHE and query.device.type == "cpu"
-    if few and mask is None:
-        attended = _attend_in_cache(query, key, value, scale)
+    few = 0 < query.shape[:2].numel() * heads * key.shape[1] <= IN_CACHE
+    if few and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        scale = 1 / math.sqrt(query.shape[2] // heads) if scale is None else scale
+        attended = _AttentionInCache.apply(query, key, value, heads, scale, mask)
     else:
+        query, key, value = (_by_head(part, heads) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    attended = attended.transpose(1, 2).flatten(2)
+        attended = attended.transpose(1, 2).flatten(2)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
-def _attend_in_cache(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+class _AttentionInCache(torch.autograd.Function):
     """`F.scaled_dot_product_attention` where all logits fit in a processor's cache.
 
-    Keys come first in the logits: a softmax over a last dimension shorter than a vector of the
-    processor, as few keys are, would take up to ten times as long.
+    Keys come first in the logits: over a last dimension shorter than a vector of the processor,
+    as few keys are, a softmax would take up to ten times as long. And exponentials are taken of
+    the logits as they are: finding the largest of each task and query takes longer than all else,
+    and is done only if a sum turns out too large or too small.
+
+    In float32 under autocast. Not to be differentiated twice.
     """
-    query = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    parts = [part.flatten(0, 1) for part in (query, key, value)]
-    weights = torch.bmm(parts[1], parts[0].mT).softmax(1)
-    return torch.bmm(weights.mT, parts[2]).unflatten(0, query.shape[:2])
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        scale: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        query, key, value = (_by_head(part, heads).flatten(0, 1) for part in (query, key, value))
+        weights = torch.bmm(key, query.mT).mul_(scale).exp_()
+        if mask is not None:
+            weights.unflatten(0, (-1, heads)).mul_(mask.mT.contiguous().to(weights.dtype))
+        total = weights.sum(dim=1, keepdim=True)
+        least, most = (bound.item() for bound in total.aminmax())
+        if least > BOUND and most < 1 / BOUND:
+            weights.div_(total)
+        else:  # or not a number
+            logits = torch.bmm(key, query.mT).mul_(scale)
+            if mask is not None:
+                logits.unflatten(0, (-1, heads)).masked_fill_(~mask.mT, -math.inf)
+            weights = logits.softmax(dim=1)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.heads, ctx.scale = heads, scale
+        return _side_by_side(torch.bmm(weights.mT, value), heads)
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, weights = ctx.saved_tensors
+        gradient = _by_head(gradient, ctx.heads).flatten(0, 1)
+        of_weights = torch.bmm(value, gradient.mT)
+        of_logits = torch._softmax_backward_data(of_weights, weights, 1, weights.dtype)
+        of_logits.mul_(ctx.scale)
+        of_parts = (
+            torch.bmm(of_logits.mT, key),
+            torch.bmm(of_logits, query),
+            torch.bmm(weights, gradient),
+        )
+        return *(_side_by_side(part, ctx.heads) for part in of_parts), None, None, None
+
+
+def _by_head(part: Tensor, heads: int) -> Tensor:
+    """`[tasks, n, width]` → `[tasks, heads, n, width / heads]`."""
+    return part.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _side_by_side(part: Tensor, heads: int) -> Tensor:
+    """`[tasks · heads, n, width / heads]` → `[tasks, n, width]`."""
+    return part.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 def begin_as_torchs(of_query: nn.Linear, of_seen: nn.Linear, out: nn.Linear) -> None:
@@ -148,5 +204,5 @@ class AttentionBlock(nn.Module):
         return self._finished(query, attend(query, key, value, self.heads, mask, self.scale))
 
     def _finished(self, query: Tensor, attended: Tensor) -> Tensor:
-        hidden = self.norm1(query + attended)
-        return self.norm2(hidden + F.relu(self.out(hidden)))
+        hidden = self.norm1((query + attended).flatten(0, 1))  # all points as rows of one matrix
+        return self.norm2(hidden + self.out(hidden).relu_()).unflatten(0, query.shape[:2])

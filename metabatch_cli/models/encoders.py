@@ -65,7 +65,7 @@ class PoolingEncoder(nn.Module):
     def _encoded(self, x: Tensor, y: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
         points = torch.cat([x, y], dim=-1)
         if self.attention is None:
-            return self.points[:-1](points)
+            return self.points(points, stop=-1)
         return self.attention.between(self.activation(self.points(points)), mask, first)
 
     def _code(self, mean: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class CrossAttentionEncoder(nn.Module):
         `[tasks, n_target, width]`."""
         values = self.of_points(torch.cat([context_x, context_y], dim=-1))
         values = self.self_attention.between(values, mask)
-        query, key = self.of_x[:-1](target_x), self.of_x[:-1](context_x)
+        query, key = (self.of_x(x, stop=-1) for x in (target_x, context_x))
         return self.cross_attention(query, key, values, mask, before=self.of_x[-1])
 
 
@@ -155,12 +155,11 @@ class Decoder(nn.Module):
         """
         first = self.layers[0]
         *of_codes, of_x = first.weight.split(self.sizes, dim=1)  # type: ignore[operator]
-        hidden = F.linear(x, of_x, first.bias)  # type: ignore[arg-type]
-        for code, weight in zip(codes, of_codes, strict=True):
-            hidden = hidden + F.linear(code, weight)
-        if more is not None:
-            hidden = hidden + more
-        return self.layers[1:](hidden)
+        parts = [F.linear(x, of_x, first.bias)]  # type: ignore[arg-type]
+        parts += [F.linear(code, weight) for code, weight in zip(codes, of_codes, strict=True)]
+        parts += [] if more is None else [more]
+        parts.sort(key=Tensor.numel)  # what all points have in common is added up first
+        return self.layers(sum(parts[1:], parts[0]), start=1)
 
 
 def with_flag(x: Tensor, y: Tensor | None, dim_y: int) -> Tensor:

@@ -57,11 +57,29 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-def layers(dims: Sequence[int], activation: Activation = "relu") -> nn.Sequential:
+class Layers(nn.Sequential):
+    """Linear layers and activations over the last dimension.
+
+    All points are rows of one matrix on their way: autograd then has a third as much to do as if
+    every layer turned them into a matrix and back, and a ReLU overwrites what a layer says.
+    """
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """`x [..., inputs]` → `[..., outputs]`, through the layers from `start` to `stop`."""
+        rows = x.flatten(0, -2) if x.dim() > 2 else x
+        before = None
+        for layer in list(self)[start:stop]:
+            alone = isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear)
+            rows = rows.relu_() if alone else layer(rows)
+            before = layer
+        return rows.unflatten(0, x.shape[:-1]) if x.dim() > 2 else rows
+
+
+def layers(dims: Sequence[int], activation: Activation = "relu") -> Layers:
     """Linear layers from `dims[0]` through `dims[1]` … to `dims[-1]`, activations between."""
     parts: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(dims)):
         if number:
             parts.append(ACTIVATIONS[activation]())
         parts.append(nn.Linear(inputs, outputs))
-    return nn.Sequential(*parts)
+    return Layers(*parts)

@@ -8,7 +8,6 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.distributions import Independent
-from torch.nn import functional as F
 
 from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.models.attention import attend, begin_as_torchs, check_heads
@@ -44,8 +43,9 @@ class TransformerLayer(nn.Module):
         """Tokens `[tasks, n, width]` look at `seen [tasks, n_seen, width]` → as `tokens`."""
         key, value = self.of_context(seen).chunk(2, dim=-1)
         attended = attend(self.of_query(tokens), key, value, self.heads, mask)
-        tokens = self.norm1(tokens + self.out(attended))
-        return self.norm2(tokens + self.feed2(F.relu(self.feed1(tokens))))
+        rows = self.norm1((tokens + self.out(attended)).flatten(0, 1))
+        rows = self.norm2(rows + self.feed2(self.feed1(rows).relu_()))
+        return rows.unflatten(0, tokens.shape[:2])
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,104 @@
+"""Adam in two operations a step, where torch's takes one more for every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Weights(NamedTuple):
+    """What the kernel wants of a group of weights, the same in every step but for gradients."""
+
+    group: dict[str, Any]
+    weights: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+    counters: list[Tensor]
+    all_counters: Tensor
+    """The memory of the counters."""
+
+
+class _CountedAtOnce(torch.optim.Optimizer):
+    """One of torch's fused optimizers, with the weights' counters of steps side by side in memory.
+
+    torch's kernel is one pass over all weights. Around it torch gathers lists anew in every step,
+    and adds 1 to the counters one after the other, which together take longer than the pass
+    where weights are few (1 of 1.6 ms for 330,000 on a CPU). The numbers are the same to the bit,
+    and so is what is saved. Whatever is out of the ordinary is left to torch.
+    """
+
+    kernel: Callable[..., Any]
+    _prepared: list[_Weights] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; see `torch.optim.Adam`."""
+        if closure is not None or self._prepared is None:
+            return self._step_as_torch(closure)
+        gradients = [[weight.grad for weight in of.weights] for of in self._prepared]
+        if any(gradient is None for of in gradients for gradient in of):
+            return self._step_as_torch(closure)
+        for of, of_weights in zip(self._prepared, gradients, strict=True):
+            of.all_counters.add_(1)
+            self.kernel(
+                of.weights,
+                of_weights,
+                of.means,
+                of.squares,
+                [],
+                of.counters,
+                lr=of.group["lr"],
+                beta1=of.group["betas"][0],
+                beta2=of.group["betas"][1],
+                weight_decay=of.group["weight_decay"],
+                eps=of.group["eps"],
+                amsgrad=False,
+                maximize=of.group["maximize"],
+            )
+        return None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._prepared = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also of `load_state_dict`
+        self._prepared = None
+
+    def _step_as_torch(self, closure: Any) -> Any:
+        loss = super().step(closure)
+        suits = all(self._suits(group) for group in self.param_groups)
+        self._prepared = [self._prepare(group) for group in self.param_groups] if suits else None
+        return loss
+
+    def _suits(self, group: dict[str, Any]) -> bool:
+        """Whether all weights have moved, in the plain way, and lie in one place."""
+        plain = group["fused"] and not (group["amsgrad"] or isinstance(group["lr"], Tensor))
+        moved = all("step" in self.state[weight] for weight in group["params"])
+        places = {(weight.device, weight.dtype) for weight in group["params"]}
+        return bool(plain and moved and len(places) == 1)
+
+    def _prepare(self, group: dict[str, Any]) -> _Weights:
+        weights = group["params"]
+        states = [self.state[weight] for weight in weights]
+        all_counters = torch.stack([state["step"] for state in states])
+        counters = list(all_counters.unbind())
+        for state, counter in zip(states, counters, strict=True):
+            state["step"] = counter
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        return _Weights(group, weights, means, squares, counters, all_counters)
+
+
+class Adam(_CountedAtOnce, torch.optim.Adam):
+    """Kingma & Ba 2015 (arXiv:1412.6980)."""
+
+    kernel = staticmethod(torch._fused_adam_)
+
+
+class AdamW(_CountedAtOnce, torch.optim.AdamW):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    kernel = staticmethod(torch._fused_adamw_)

@@ -1,0 +1,82 @@
+"""Our Adam is torch's to the bit, in what it does and in what it saves."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from metabatch_cli.engine import adam
+
+PAIRS = [(adam.Adam, torch.optim.Adam), (adam.AdamW, torch.optim.AdamW)]
+SETTINGS = {"lr": 0.1, "weight_decay": 0.01, "fused": True}
+
+
+def twice() -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (4,), (2, 2), ()]]
+    return weights, copy.deepcopy(weights)
+
+
+def take_steps(weights, optimizer, steps, without=()):
+    """Steps by gradients that their numbers decide; weights `without` have none."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for number, weight in enumerate(weights):
+            gradient = torch.randn(weight.shape, generator=generator)
+            weight.grad = None if number in without else gradient
+        optimizer.step()
+
+
+def assert_the_same(optimizers, both):
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    ours, theirs = (optimizer.state_dict() for optimizer in optimizers)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("our_class", "their_class"), PAIRS)
+@pytest.mark.parametrize("more", [{}, {"amsgrad": True}, {"maximize": True}, {"fused": False}])
+def test_steps_are_torchs_with_weights_left_out_and_a_new_rate(our_class, their_class, more):
+    both = twice()
+    optimizers = [
+        each(weights, **(SETTINGS | more))
+        for each, weights in zip((our_class, their_class), both, strict=True)
+    ]
+    for weights, optimizer in zip(both, optimizers, strict=True):
+        take_steps(weights, optimizer, range(3))
+        take_steps(weights, optimizer, range(3, 5), without=(1,))
+        optimizer.param_groups[0]["lr"] = 0.02
+        take_steps(weights, optimizer, range(5, 8))
+    assert_the_same(optimizers, both)
+
+
+@pytest.mark.parametrize(("our_class", "their_class"), PAIRS)
+def test_groups_have_their_own_rates(our_class, their_class):
+    both = twice()
+    optimizers = []
+    for each, weights in zip((our_class, their_class), both, strict=True):
+        groups = [{"params": weights[:2]}, {"params": weights[2:], "lr": 0.5, "betas": (0.5, 0.6)}]
+        optimizers.append(each(groups, **SETTINGS))
+        take_steps(weights, optimizers[-1], range(4))
+    assert_the_same(optimizers, both)
+
+
+@pytest.mark.parametrize(("our_class", "their_class"), PAIRS)
+def test_each_goes_on_from_what_the_other_saved(our_class, their_class):
+    both = twice()
+    optimizers = [each(weights, **SETTINGS) for each, weights in
+                  zip((our_class, their_class), both, strict=True)]  # fmt: skip
+    saved = []
+    for weights, optimizer in zip(both, optimizers, strict=True):
+        take_steps(weights, optimizer, range(4))
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        saved.append(torch.load(file, weights_only=True))
+    for weights, optimizer, state in zip(both, optimizers, reversed(saved), strict=True):
+        optimizer.load_state_dict(state)
+        take_steps(weights, optimizer, range(4, 8))
+    assert_the_same(optimizers, both)

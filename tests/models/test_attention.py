@@ -1,0 +1,57 @@
+"""Attention of few points is torch's, in value and gradient, however large the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metabatch_cli.models.attention import attend
+
+TASKS, QUERIES, KEYS, WIDTH, HEADS = 3, 7, 5, 16, 4
+SHAPES = {"keys": (TASKS, KEYS), "pairs": (TASKS, QUERIES, KEYS), "all tasks": (1, QUERIES, KEYS)}
+
+
+def inputs(size: float = 1.0) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(TASKS, n, WIDTH) for n in (QUERIES, KEYS, KEYS)]
+    query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    return [part.requires_grad_() for part in (query, key * size, value)]
+
+
+def by_torch(parts: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    parts = [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts]
+    if mask is not None:
+        mask = (mask[:, None] if mask.dim() == 2 else mask)[:, None]
+    return F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("masked", [None, *SHAPES])
+@pytest.mark.parametrize("size", [1.0, 100.0, 1e4])
+def test_attention_is_torchs(size, masked):
+    parts = inputs(size)
+    mask = None
+    if masked is not None:
+        mask = torch.rand(SHAPES[masked]) > 0.5
+        mask[..., 0] = True
+    ours, theirs = attend(*parts, HEADS, mask), by_torch(parts, mask)
+    torch.testing.assert_close(ours, theirs)
+    direction = torch.randn_like(ours)
+    ours, theirs = (torch.autograd.grad(seen, parts, direction) for seen in (ours, theirs))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_hidden_changes_nothing_even_if_its_exponential_is_infinite():
+    query, key, value = inputs()
+    mask = torch.ones(TASKS, KEYS, dtype=torch.bool)
+    mask[:, -1] = False
+    before = attend(query, key, value, HEADS, mask)
+    changed = torch.cat([key[:, :-1], key[:, -1:] * 1e6], dim=1)
+    torch.testing.assert_close(attend(query, changed, value, HEADS, mask), before)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_query_sees_nothing_and_one_key_is_all_there_is(n):
+    query, key, value = inputs()
+    seen = attend(query[:, :n], key[:, :1], value[:, :1], HEADS)
+    torch.testing.assert_close(seen, value[:, :1].expand(-1, n, -1))
