@@ -17,7 +17,9 @@ class Conv4(nn.Module):
     """Blocks of 3×3 convolution, batch normalisation, ReLU and 2×2 max pooling.
 
     The embedding of Vinyals et al. 2016 (arXiv:1606.04080) and Snell et al. 2017
-    (arXiv:1703.05175): 64 features for a 28×28 image.
+    (arXiv:1703.05175): 64 features for a 28×28 image. MAML's for Omniglot (Finn et al. 2017,
+    arXiv:1703.03400, §5.2) has convolutions of stride 2 instead of pooling, and in the published
+    code each channel's mean over all places for a feature: `strided=True, average=True`.
 
     Args:
         x_shape: `(C, H, W)` of an image.
@@ -29,8 +31,10 @@ class Conv4(nn.Module):
             `transductive` keeps no averages, so that those at hand count in both; `none` not.
         channels_last: memory layout of the convolutions, the faster one on CPUs.
         head: whether a linear layer follows, for classes; without it an embedding.
-        pools: how many blocks pool, the first ones; None for all.
+        pools: how many blocks halve the image, the first ones; None for all.
         flatten: whether the maps of the last block become a vector.
+        strided: whether convolutions of stride 2 halve the image, instead of pooling.
+        average: whether the features are each channel's mean over all places, `width` of them.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class Conv4(nn.Module):
         head: bool = False,
         pools: Annotated[int, Ge(0)] | None = None,
         flatten: bool = True,
+        strided: bool = False,
+        average: bool = False,
     ) -> None:
         super().__init__()
         channels, *sides = x_shape
@@ -52,9 +58,10 @@ class Conv4(nn.Module):
             raise ValueError(
                 f"pools={pools} is more than depth={depth}: a block pools at most once"
             )
-        if head and not flatten:
-            raise ValueError("flatten=False gives feature maps, which a head does not take")
-        if min(sides) < 2**pools:
+        if not flatten and (head or average):
+            taker = "a head does not take" if head else "average=True leaves nothing of"
+            raise ValueError(f"flatten=False gives feature maps, which {taker}")
+        if min(sides) < 2**pools and not strided:
             said = f"pools={pools}" if pools < depth else f"depth={depth}"
             raise ValueError(
                 f"{said} halves an image {pools} times: {sides[0]}×{sides[1]} pixels "
@@ -63,13 +70,18 @@ class Conv4(nn.Module):
         blocks: list[nn.Module] = []
         for block in range(depth):
             inputs = channels if block == 0 else width
-            blocks.append(Conv2d(inputs, width, 3, padding=1, bias=norm == "none"))
+            halved = block < pools
+            stride = 2 if halved and strided else 1
+            blocks.append(Conv2d(inputs, width, 3, stride, padding=1, bias=norm == "none"))
             if norm != "none":
                 blocks.append(BatchNorm(width, track_running_stats=norm == "batch"))
             # the largest of four, then ReLU: the same as the other way round, on a quarter of them
-            blocks += [nn.MaxPool2d(2) if block < pools else nn.Identity(), nn.ReLU()]
-        self.blocks = nn.Sequential(*blocks, nn.Flatten() if flatten else nn.Identity())
-        features = width * (sides[0] // 2**pools) * (sides[1] // 2**pools)
+            blocks += [nn.MaxPool2d(2) if halved and not strided else nn.Identity(), nn.ReLU()]
+            if halved:
+                sides = [-(-side // 2) if strided else side // 2 for side in sides]
+        last = _Mean() if average else nn.Flatten() if flatten else nn.Identity()
+        self.blocks = nn.Sequential(*blocks, last)
+        features = width if average else width * sides[0] * sides[1]
         self.head = nn.Linear(features, dim_y) if head else nn.Identity()
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
@@ -93,3 +105,10 @@ class Conv4(nn.Module):
             elif not isinstance(layer, BatchNorm):
                 x = layer(x)
         return x
+
+
+class _Mean(nn.Module):
+    """`[points, channels, height, width]` → `[points, channels]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))

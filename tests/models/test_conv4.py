@@ -38,6 +38,24 @@ def test_features_follow_from_width_depth_and_size(channels, side, depth, featur
     assert model(bytes_of(2, channels, side)).shape == (2, features)
 
 
+@pytest.mark.parametrize(("side", "depth", "places"), [(28, 4, 4), (5, 2, 4), (17, 3, 9)])
+@pytest.mark.parametrize("average", [True, False])
+def test_strides_halve_an_image_and_round_up(side, depth, places, average):
+    model = conv4(1, side, depth=depth, strided=True, average=average)
+    assert model(bytes_of(2, side=side)).shape == (2, 4 if average else 4 * places)
+
+
+def test_mamls_network_for_omniglot_has_means_of_64_channels():
+    model = Conv4((1, 28, 28), dim_y=5, strided=True, average=True, head=True)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.MaxPool2d)]
+    assert model.head.in_features == 64
+    places = Conv4((1, 28, 28), strided=True)
+    places.load_state_dict(model.state_dict(), strict=False)
+    images = bytes_of(3, side=28).float() / 255
+    means = places(images).unflatten(1, (64, -1)).mean(2)
+    torch.testing.assert_close(model.features(images), means)
+
+
 @pytest.mark.parametrize("dim_y", [1, 5])
 def test_a_head_has_an_output_for_each_dimension(dim_y):
     assert conv4(dim_y=dim_y, head=True)(bytes_of(3)).shape == (3, dim_y)
