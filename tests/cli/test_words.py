@@ -232,7 +232,7 @@ MODELS = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
         ("metabatch tr", {"train"}),
         ("metabatch ", set(COMMANDS)),
         ("metabatch train model=", {f"model={name}" for name in MODELS}),
-        ("metabatch train model=co", {"model=conv4", "model=convcnp", "model=convcnp_image"}),
+        ("metabatch train model=conv4", {"model=conv4", "model=conv4_maml"}),
         ("metabatch train optim", {"optimizer=", "optimizer."}),
         ("metabatch train +experiment=cnp_s", {"+experiment=cnp_sine"}),
         ("metabatch check model=ml", {"model=mlp"}),
