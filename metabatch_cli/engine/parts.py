@@ -24,6 +24,7 @@ from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.trial import left_as_it_was, measure_step, try_out
 from metabatch_cli.learners.autoregressive import AutoregressiveDeployment
 from metabatch_cli.learners.learner import CompileCost, Learner
+from metabatch_cli.learners.meta_gradient import Differentiated
 from metabatch_cli.report.console import clock
 
 
@@ -80,7 +81,7 @@ class Parts:
         chosen["loader.workers"] = self.loader.num_workers
 
     @cached_property
-    def compute_loss(self) -> Callable[[Tasks], Tensor]:
+    def compute_loss(self) -> Callable[[Tasks], Tensor | Differentiated]:
         """The learner's loss of tasks, compiled where that is wanted."""
         if self.config.trainer.compile:
             return self.learner.compiled(self.sizes_vary)

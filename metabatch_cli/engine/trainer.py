@@ -23,6 +23,7 @@ from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.run_directory import RunDirectory
 from metabatch_cli.engine.stop import StopSignals
 from metabatch_cli.learners.learner import Learner
+from metabatch_cli.learners.meta_gradient import Differentiated
 from metabatch_cli.report.console import Reporter
 from metabatch_cli.report.loggers import Logger
 
@@ -56,7 +57,7 @@ class Trainer:
         validation: dict[str, TaskLoader],
         loggers: Sequence[Logger],
         reporter: Reporter,
-        compute_loss: Callable[[Tasks], Tensor] | None = None,
+        compute_loss: Callable[[Tasks], Tensor | Differentiated] | None = None,
     ) -> None:
         self.config = config
         self.run = run
@@ -131,13 +132,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.learner.begin(self.step)
         total = len(tasks.target_x)
-        judged = self.judged(tasks)
         size = -(-total // self.config.accumulate)
         losses = []
         for start in range(0, total, size):
-            part = slice_tasks(tasks, start, min(start + size, total)) if size < total else tasks
+            whole = size == total
+            part = tasks if whole else slice_tasks(tasks, start, min(start + size, total))
             with self.precision.autocast():
-                loss = self.compute_loss(part) * (self.judged(part) / judged)
+                loss = self.compute_loss(part)
+                if not whole:  # its share of the mean
+                    loss = loss * (self.judged(part) / self.judged(tasks))
             loss.backward()
             losses.append(loss.detach())
         if self.config.clip_norm is not None:

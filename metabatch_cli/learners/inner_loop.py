@@ -29,6 +29,7 @@ from metabatch_cli.learners.meta_gradient import (
     SECONDS_A_NODE,
     Compiled,
     Compute,
+    Differentiated,
     Found,
     WithGradients,
     traced,
@@ -156,7 +157,14 @@ class GradientBased(Learner):
         return Metric(f"mse@steps={steps}", higher_is_better=False)
 
     def forward(self, tasks: Tasks) -> Tensor:
-        return self._loss(self.loss_and_gradients, self._own(), tasks)
+        parameters, buffers = own = self._own()
+        if not torch.is_grad_enabled():
+            context, target = self.shown(tasks)
+            self._decide(context, target)
+            with without_cache(target["x"].device.type):
+                return self.batch_loss(parameters, buffers, context, target)
+        loss = self._differentiated(self.loss_and_gradients, own, tasks)
+        return WithGradients.apply(loss.loss, loss.gradients, *loss.parameters)
 
     @torch.no_grad()
     def score(self, tasks: Tasks) -> dict[str, Tensor]:
@@ -219,9 +227,9 @@ class GradientBased(Learner):
         nodes = len(graph.graph.nodes)
         return CompileCost(SECONDS_A_NODE * nodes, min(OVERHEAD_A_NODE * nodes, 0.8 * seconds))
 
-    def compiled(self, varying: bool) -> Callable[[Tasks], Tensor]:
+    def compiled(self, varying: bool) -> Callable[[Tasks], Differentiated]:
         compute = Compiled(self.loss_and_gradients, varying, self.phase)
-        return partial(self._loss, compute, self._own())
+        return partial(self._differentiated, compute, self._own())
 
     def phase(self) -> Any:
         """What the loss depends on beside parameters, buffers and points; hashable."""
@@ -317,19 +325,18 @@ class GradientBased(Learner):
             )
         return total, sums, {}
 
-    def _loss(self, compute: Compute, own: tuple[Weights, Weights], tasks: Tasks) -> Tensor:
+    def _differentiated(
+        self, compute: Compute, own: tuple[Weights, Weights], tasks: Tasks
+    ) -> Differentiated:
         context, target = self.shown(tasks)
         self._decide(context, target)
         parameters, buffers = own
-        with without_cache(target["x"].device.type):
-            if not torch.is_grad_enabled():
-                return self.batch_loss(parameters, buffers, context, target)
-            with torch.no_grad():
-                loss, gradients, new = compute(parameters, buffers, context, target)
+        with without_cache(target["x"].device.type), torch.no_grad():
+            loss, gradients, new = compute(parameters, buffers, context, target)
         if self.training:
             for name, value in new.items():
                 buffers[name].copy_(value)
-        return WithGradients.apply(loss, [gradients[n] for n in parameters], *parameters.values())
+        return Differentiated(loss, [gradients[n] for n in parameters], [*parameters.values()])
 
     def _own(self) -> tuple[Weights, Weights]:
         """Parameters and buffers by name."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.learners.meta_gradient import Differentiated
 from metabatch_cli.models.calibration import Calibration
 
 
@@ -97,8 +98,8 @@ class Learner(nn.Module):
         """What compiling the step would take and give; None if nothing speaks for it."""
         return None
 
-    def compiled(self, varying: bool) -> Callable[[Tasks], Tensor]:
-        """`forward`, compiled.
+    def compiled(self, varying: bool) -> Callable[[Tasks], Tensor | Differentiated]:
+        """`forward`, compiled; what it gives has `backward()`, `detach()` and `item()`.
 
         Args:
             varying: whether batches have other numbers of points from step to step.
