@@ -1,4 +1,4 @@
-"""`metabatch bench WHAT`: how fast loaders are, or where a training's steps spend their time."""
+"""`metabatch bench WHAT`: how fast loaders and learners are, what a training's steps wait for."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ WHATS = {
         "metabatch_cli.bench.loader",
         "[KEY=VALUE …]",
         "tasks a second: ours, torch's, the original's, a plain loop",
+    ),
+    "learner": What(
+        "bench_learner",
+        "metabatch_cli.bench.learner",
+        "[KEY=VALUE …]",
+        "steps of MAML a second: ours, a loop over tasks, JAX's",
     ),
     "train": What(
         "bench_train",
@@ -60,7 +66,7 @@ def main(words: list[str]) -> None:
 def usage() -> str:
     """What `metabatch bench --help` prints."""
     lines = "\n".join(f"  {name:7} {what.form:20} {what.summary}" for name, what in WHATS.items())
-    return f"""How fast are loaders on this machine, and what do a training's steps wait for?
+    return f"""How fast are loaders and learners here, and what do a training's steps wait for?
 
 usage: metabatch bench WHAT [KEY=VALUE …]
 

@@ -289,3 +289,65 @@ class BenchLoaderConfig:
 
     read: str | None = None
     """The JSON of an earlier run, to show and draw again without measuring; null: measure."""
+
+
+@dataclass
+class BenchLearnerConfig:
+    """Who takes which meta-steps, on how many threads, how often, and what becomes of the rates."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    work: Annotated[list[Literal["sine_mlp", "omniglot_conv4"]], *_SEVERAL] = field(
+        default_factory=lambda: ["sine_mlp", "omniglot_conv4"]
+    )
+    """Networks, and the tasks that they learn from."""
+
+    rivals: Annotated[
+        list[
+            Literal[
+                "conventional",
+                "ours",
+                "ours_compiled",
+                "ours_eager",
+                "ours_loop",
+                "ours_bf16",
+                "jax",
+            ]
+        ],
+        *_SEVERAL,
+    ] = field(
+        default_factory=lambda: [
+            "conventional", "ours", "ours_eager", "ours_loop", "ours_bf16", "jax",
+        ]
+    )  # fmt: skip
+    """Who takes the steps."""
+
+    threads: Annotated[list[Count], *_SEVERAL] = field(default_factory=lambda: [1])
+    """CPU threads; several for one after the other."""
+
+    tasks: Count = 16
+    """Tasks in a batch."""
+
+    inner_steps: Count | None = None
+    """Gradient steps on a context; null: 5 of sine_mlp, 1 of omniglot_conv4."""
+
+    first_order: bool = False
+    """Whether the derivative of the inner gradients is left out."""
+
+    training: Count = 60_000
+    """Steps of the training for which ours decides whether to compile."""
+
+    cold: bool = True
+    """Whether ours compiles as if for the first time, not from what earlier runs left on disk."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where is computed; auto: cuda where there is one."""
+
+    seconds: Annotated[float, Gt(0)] = 0.5
+    """How long a rate is measured, each time."""
+
+    repeats: Count = 15
+    """Rounds over all rivals; medians count."""
+
+    out: str | None = "bench-learner.json"
+    """The JSON to write; null: none."""
