@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+# workers share the cores: threads beyond them would wait for each other; read when torch is loaded
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 import signal
 from collections.abc import Iterator
 from pathlib import Path

@@ -86,7 +86,7 @@ def test_nothing_is_written_where_nothing_shall_be(tmp_path):
     ("words", "said"),
     [
         ("loadr", ["bench=loadr", "did you mean 'loader'?"]),
-        ("work=sine", ["bench", "allowed: loader, learner, train"]),
+        ("work=sine", ["bench", "allowed: learner, loader, train"]),
         ("loader sceonds=1", ["sceonds", "did you mean 'seconds'?"]),
         ("loader work=sinus", ["work=sinus", "did you mean 'sine'?"]),
         ("loader work=python rivals=ours_whole", ["rivals=ours_whole", "made one at a time"]),

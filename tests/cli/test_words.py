@@ -237,7 +237,7 @@ MODELS = [file.stem for file in (config_dir() / "model").glob("*.yaml")]
         ("metabatch train +experiment=cnp_s", {"+experiment=cnp_sine"}),
         ("metabatch check model=ml", {"model=mlp"}),
         ("metabatch ls mo", {"model"}),
-        ("metabatch bench ", {"loader", "train"}),
+        ("metabatch bench ", {"learner", "loader", "train"}),
         ("metabatch bench lo", {"loader"}),
         ("metabatch bench loader sec", {"seconds="}),
         ("metabatch bench train bench.", {"bench.out=", "bench.seconds=", "bench.warm_up="}),
