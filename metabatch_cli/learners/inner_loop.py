@@ -215,7 +215,8 @@ class GradientBased(Learner):
         return {"inner_loop": self.inner_loop}
 
     def cost_of_compiling(self, tasks: Tasks) -> CompileCost | None:
-        """By the number of operations; a loop over tasks is not compiled."""
+        """By the number of operations; None of a loop over tasks, and where operations are large:
+        compiled ones are then no faster than a library's."""
         context, target = self.shown(tasks)
         self._decide(context, target)
         if not self._goes_at_once(context, target):
@@ -225,7 +226,10 @@ class GradientBased(Learner):
             trees = *self._own(), context, target
             graph, _ = traced(self.loss_and_gradients, trees, general=False)
         nodes = len(graph.graph.nodes)
-        return CompileCost(SECONDS_A_NODE * nodes, min(OVERHEAD_A_NODE * nodes, 0.8 * seconds))
+        overhead = OVERHEAD_A_NODE * nodes
+        if overhead < seconds / 3:
+            return None
+        return CompileCost(SECONDS_A_NODE * nodes, min(overhead, 0.8 * seconds))
 
     def compiled(self, varying: bool) -> Callable[[Tasks], Differentiated]:
         compute = Compiled(self.loss_and_gradients, varying, self.phase)

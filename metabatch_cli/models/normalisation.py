@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metabatch_cli.batching.arguments import one_of
+from metabatch_cli.models.conv2d import Window
 
 Mode = Literal["running", "support", "transductive"]
 """Whose moments normalise a task.
@@ -138,15 +139,15 @@ def by_moments(
     counted = len(values) if n_context is None else n_context * rows[0, ..., 0].numel()
     centred = values - values[:counted].mean(dim=0)
     scale = torch.rsqrt(centred[:counted].square().mean(dim=0) + eps)
-    scaled = centred * (scale if weight is None else weight * scale)
-    shifted = scaled if bias is None else scaled + bias
+    scale = scale if weight is None else weight * scale
+    shifted = centred * scale if bias is None else torch.addcmul(bias, centred, scale)
     return shifted.view(rows.shape).movedim(-1, 1).to(x.dtype)
 
 
 def _has_small_patches(convolution: nn.Conv2d) -> bool:
     """Whether an output's patch of the input has fewer numbers than there are output channels."""
     plain = (
-        convolution.stride == convolution.dilation == (1, 1)
+        convolution.dilation == (1, 1)
         and convolution.groups == 1
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
@@ -164,9 +165,8 @@ def _moments_of_outputs(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tens
     above, beside = (int(padding) for padding in convolution.padding)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     x = F.pad(x, (beside, beside, above, above))
-    height, width = weight.shape[2:]
-    rows, columns = x.shape[2] - height + 1, x.shape[3] - width + 1
-    shifted = [x[:, :, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
+    window = Window(tuple(weight.shape[2:]), tuple(convolution.stride), tuple(x.shape[2:]))
+    shifted = [x[:, :, down, across] for _, _, down, across in window.ranges()]
     patches = torch.stack(shifted).movedim(2, 1).flatten(0, 1).flatten(1)  # [numbers, places]
     flat = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)
     mean = patches.mean(dim=1, keepdim=True)
