@@ -67,6 +67,9 @@ class Differentiated:
 
     def backward(self) -> None:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if gradient.stride() != parameter.stride():
+                # fused optimizers go through both in memory's order, without a look at it
+                gradient = torch.empty_like(parameter).copy_(gradient)
             before = parameter.grad
             parameter.grad = gradient if before is None else before + gradient
 

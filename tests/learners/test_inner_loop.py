@@ -372,3 +372,18 @@ def test_a_graph_that_comes_out_otherwise_is_not_used(monkeypatch, caplog):
         found = [loss_of(tasks).detach(), loss_of(tasks).detach()]
     assert "comes out otherwise" in caplog.text
     torch.testing.assert_close(found, [learner(tasks).detach()] * 2)
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do():
+    """A fused optimizer pairs their numbers in that order: with another it is silently wrong."""
+    torch.manual_seed(0)
+    first = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    gradient = torch.randn(4, 3, 3, 3)
+    found, expected = (nn.Parameter(first.clone()) for _ in range(2))
+    meta_gradient.Differentiated(torch.zeros(()), [gradient], [found]).backward()
+    expected.grad = gradient.to(memory_format=torch.channels_last)
+    for parameter in (found, expected):
+        torch.optim.Adam([parameter], fused=True).step()
+    assert found.grad.stride() == found.stride()
+    torch.testing.assert_close(found.grad, gradient)
+    torch.testing.assert_close(found, expected)
