@@ -115,7 +115,6 @@ class Compiled:
         self.state = state
         self._graphs: dict[Any, Callable[..., Found] | None] = {}
         self._checked: set[Any] = set()
-        keep_compiled()
 
     def __call__(self, *trees: Named) -> Found:
         """As the computation itself."""
@@ -173,6 +172,7 @@ def traced(
         The graph, to loss, gradients in the order of the parameters, and new buffers; these by
         name.
     """
+    keep_compiled()
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import (
@@ -234,7 +234,7 @@ def leaves_of(trees: tuple[Named, ...]) -> list[Tensor]:
 def keep_compiled() -> None:
     """Let what is compiled outlive a restart of the machine, in the user's cache folder.
 
-    Has to come before anything of torch's compiler is imported, which else chooses /tmp.
+    Has to come before anything is traced, which else chooses a folder in /tmp.
     """
     folder = platformdirs.user_cache_path("metabatch") / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import pytest
@@ -387,3 +388,10 @@ def test_gradients_lie_in_memory_as_their_parameters_do():
     assert found.grad.stride() == found.stride()
     torch.testing.assert_close(found.grad, gradient)
     torch.testing.assert_close(found, expected)
+
+
+def test_what_is_compiled_goes_to_the_users_cache_folder(cache_home, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    learner, tasks = case(SMOOTH, "maml")
+    learner.cost_of_compiling(tasks)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_home / "metabatch" / "compiled")
