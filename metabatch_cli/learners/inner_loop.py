@@ -25,6 +25,7 @@ from metabatch_cli.learners.at_once import (
 )
 from metabatch_cli.learners.learner import CompileCost, Learner, Metric
 from metabatch_cli.learners.meta_gradient import (
+    LARGE,
     OVERHEAD_A_NODE,
     SECONDS_A_NODE,
     Compiled,
@@ -225,11 +226,12 @@ class GradientBased(Learner):
         with without_cache(target["x"].device.type):
             trees = *self._own(), context, target
             graph, _ = traced(self.loss_and_gradients, trees, general=False)
-        nodes = len(graph.graph.nodes)
-        overhead = OVERHEAD_A_NODE * nodes
-        if overhead < seconds / 3:
+        found = [node.meta.get("val") for node in graph.graph.nodes]
+        sizes = [value.numel() for value in found if isinstance(value, Tensor)]
+        if statistics.mean(sizes) > LARGE:
             return None
-        return CompileCost(SECONDS_A_NODE * nodes, min(overhead, 0.8 * seconds))
+        nodes = len(found)
+        return CompileCost(SECONDS_A_NODE * nodes, min(OVERHEAD_A_NODE * nodes, 0.8 * seconds))
 
     def compiled(self, varying: bool) -> Callable[[Tasks], Differentiated]:
         compute = Compiled(self.loss_and_gradients, varying, self.phase)

@@ -24,6 +24,7 @@ log = logging.getLogger("metabatch")
 SECONDS_A_NODE = 0.09  # to compile a graph's operation: 0.05 to 0.12 on two cores, without cache
 OPTIONS = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}
 OVERHEAD_A_NODE = 8e-6  # seconds that each costs in a step, that a compiled one does not
+LARGE = 30_000  # numbers that an operation makes; beyond, what it costs to call does not count
 
 
 class WithGradients(torch.autograd.Function):

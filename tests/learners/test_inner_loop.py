@@ -288,8 +288,10 @@ def test_reptiles_small_batches_see_every_point_before_any_one_again():
 # --- which way, and compiled -------------------------------------------------------------------
 
 
-def test_the_faster_way_is_chosen_and_said():
+def test_the_faster_way_is_chosen_and_said(monkeypatch):
     learner, tasks = case(SMOOTH, "maml")
+    assert learner._seconds(True, tasks) > 0
+    monkeypatch.setattr(GradientBased, "_seconds", lambda self, at_once, tasks: 2.0 - at_once)
     assert learner.choose(tasks) == {"inner_loop": "vmap"}
     forced, _ = case(SMOOTH, "maml", inner_loop="loop")
     assert forced.choose(tasks) == {"inner_loop": "loop"}
@@ -297,6 +299,8 @@ def test_the_faster_way_is_chosen_and_said():
     cost = learner.cost_of_compiling(tasks)
     assert cost.seconds > 0
     assert cost.saved_per_step > 0
+    monkeypatch.setattr(inner_loop, "LARGE", 1)
+    assert learner.cost_of_compiling(tasks) is None  # its operations are large by that measure
 
 
 def test_the_slower_way_is_not_chosen(monkeypatch):
