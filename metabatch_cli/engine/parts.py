@@ -220,7 +220,9 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
         f"{key.removeprefix('learner.')} {value}"
         for key, value in parts.chosen.items()
         if key.startswith("learner.")
-    ] + ["compiled"] * bool(trainer.compile)
+    ]
+    if trainer.compile or decided:
+        decided.append("compiled" if trainer.compile else "not compiled")
     limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
     return [
         ("task set", f"{kind}{drawn_from}, {count}{note}"),
@@ -230,6 +232,6 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
         ("learner", ", ".join([type(parts.learner).__name__, *decided])),
         ("optimizer", f"{optimizer}, lr {config.optimizer.get('lr', 'default')}, {schedule}"),
         ("trainer", f"{trainer.max_steps:,} steps{limit}, precision {trainer.precision}"),
-        ("device", f"{parts.device}, {trainer.threads} threads"),
+        ("device", f"{parts.device}, {trainer.threads} thread{'s' * (int(trainer.threads) > 1)}"),
         ("seed", str(config.seed)),
     ]

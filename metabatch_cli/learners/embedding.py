@@ -38,6 +38,7 @@ class EmbeddingLearner(Learner):
 
     def __init__(self, model: nn.Module, normalisation: Mode = "running") -> None:
         super().__init__()
+        check_embeds(model, type(self).__name__)
         check_mode(model, normalisation)
         self.model = model
         self.normalisation = normalisation
@@ -236,3 +237,13 @@ def embedded_shape(model: nn.Module, x_shape: tuple[int, ...] | None) -> tuple[i
     shape = model.eval()(weights.new_zeros(2, *x_shape)).shape[1:]
     model.train(was_training)
     return tuple(shape)
+
+
+def check_embeds(model: nn.Module, learner: str) -> None:
+    """Refuse a network that ends in scores of classes.
+
+    Raises:
+        ValueError: names the learner that compares embeddings.
+    """
+    if isinstance(getattr(model, "head", None), nn.Linear):
+        raise ValueError(f"{learner} compares embeddings, and the network has a head: head=false")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabatch_cli.learners.at_once import InnerLoop
+from metabatch_cli.learners.embedding import check_embeds
 from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
 from metabatch_cli.models.normalisation import Mode
 
@@ -48,6 +49,7 @@ class ProtoMAML(GradientBased):
     ) -> None:
         if ways is None:
             raise ValueError("ProtoMAML begins with the prototypes of classes: tasks need ways")
+        check_embeds(model, "ProtoMAML")
         super().__init__(
             model, ways, inner_steps, first_order, eval_steps, inner_loop, normalisation
         )

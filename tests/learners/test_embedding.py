@@ -8,6 +8,7 @@ from torch import nn
 
 from metabatch_cli.batching import Task
 from metabatch_cli.learners.embedding import embedded_shape
+from metabatch_cli.learners.protomaml import ProtoMAML
 from metabatch_cli.learners.protonet import ProtoNet
 from tests.learners.examples import classification, conv, embedding_learners, one_task
 
@@ -136,3 +137,10 @@ def test_the_shape_of_an_embedding_is_found_without_a_trace():
     assert all(torch.equal(before[name], part) for name, part in model.state_dict().items())
     with pytest.raises(ValueError, match="x_shape=None"):
         embedded_shape(model, None)
+
+
+@pytest.mark.parametrize("kind", [ProtoNet, ProtoMAML])
+def test_a_network_that_ends_in_scores_of_classes_is_refused(kind):
+    options = {"ways": 3} if kind is ProtoMAML else {}
+    with pytest.raises(ValueError, match=f"{kind.__name__} compares embeddings.*head=false"):
+        kind(conv("batch", 3), **options)
