@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
 from metabatch_cli.config import build
 from metabatch_cli.config.errors import ConfigError
@@ -48,7 +49,6 @@ class Parts:
         self.evaluation_loaders("test")
         self.deployed  # noqa: B018 (refused before a training, not after it)
         try_out(self)
-        self.choose()
         if self.config.trainer.monitor is not None:
             self.check_monitor()
         size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
@@ -59,17 +59,20 @@ class Parts:
                 value=parts,
                 allowed=", ".join(str(k) for k in range(1, size + 1) if size % k == 0),
             )
+        self.choose()
 
     def choose(self) -> None:
         """Measure what the configuration leaves to the machine, and decide it: see `chosen`."""
         trainer, chosen = self.config.trainer, self.chosen
         tasks = self.precision.prepare(self.loader.batch_at(0))
+        tasks = slice_tasks(tasks, 0, len(tasks.target_x) // trainer.accumulate)
         with left_as_it_was(self.learner), self.precision.autocast():
             for key, value in self.learner.choose(tasks).items():
                 chosen[f"learner.{key}"] = value
             if trainer.compile == "auto":
                 cost = self.learner.cost_of_compiling(tasks)
-                trainer.compile = is_worth_compiling(cost, trainer.max_steps)
+                parts = trainer.max_steps * trainer.accumulate
+                trainer.compile = is_worth_compiling(cost, parts)
             if trainer.compile:
                 self.say("compiling the step: a minute or two at first, seconds the next time")
                 began = time.monotonic()

@@ -24,7 +24,7 @@ def for_each_task(at_once: bool, solve: Callable[..., Any], *trees: Any) -> Any:
         trees: of tensors `[tasks, …]`.
     """
     if at_once:
-        return vmap(solve)(*trees)
+        return vmap(solve, randomness="different")(*trees)
     solved = [tree_flatten(solve(*task)) for task in each_task(*trees)]
     stacked = [
         torch.stack(leaves) for leaves in zip(*(leaves for leaves, _ in solved), strict=True)

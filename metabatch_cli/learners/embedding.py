@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.learner import Learner, Metric
+from metabatch_cli.models.conv4 import Conv4
 from metabatch_cli.models.masking import blank, joined_masks, mean_loss, task_scores
 from metabatch_cli.models.normalisation import Mode, check_mode, normalised, what_normalises
 
@@ -245,5 +246,5 @@ def check_embeds(model: nn.Module, learner: str) -> None:
     Raises:
         ValueError: names the learner that compares embeddings.
     """
-    if isinstance(getattr(model, "head", None), nn.Linear):
+    if isinstance(model, Conv4) and isinstance(model.head, nn.Linear):
         raise ValueError(f"{learner} compares embeddings, and the network has a head: head=false")

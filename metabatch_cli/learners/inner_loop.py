@@ -177,7 +177,9 @@ class GradientBased(Learner):
         for steps, output in zip(self.eval_steps, outputs, strict=True):
             if self.classifies:
                 hits = output.argmax(dim=-1) == target_y
-                of_points[f"accuracy@steps={steps}"] = hits.to(output.dtype)
+                of_points[f"accuracy@steps={steps}"] = hits.to(
+                    torch.promote_types(output.dtype, torch.float32)
+                )
             else:
                 of_points[f"mse@steps={steps}"] = (output - target_y).square().mean(dim=2)
         return task_scores(of_points, tasks.target_mask)
@@ -255,6 +257,8 @@ class GradientBased(Learner):
         def context_loss(weights: Weights, step: int) -> Tensor:
             return self.loss_of(self.output(meta, weights, context, step), context)
 
+        if not len(context["x"]):
+            return weights
         for step in steps:
             gradients = grad(context_loss)(weights, step)
             if self.first_order:
@@ -382,7 +386,8 @@ class GradientBased(Learner):
         if not self._at_once or ("mask" not in context and "mask" not in target):
             return bool(self._at_once)
         if self._points_apart is None:
-            self._points_apart = treats_points_apart(self.model, target["x"])
+            with normalised(self.model, "transductive"):  # as `call` does it
+                self._points_apart = treats_points_apart(self.model, target["x"])
         return self._points_apart
 
     @torch.no_grad()

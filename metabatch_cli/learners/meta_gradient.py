@@ -21,6 +21,8 @@ Compute = Callable[[Named, Named, Named, Named], Found]
 
 log = logging.getLogger("metabatch")
 
+NOT_COMPILED = "not compiled, so that steps take longer: %s"
+
 SECONDS_A_NODE = 0.09  # to compile a graph's operation: 0.05 to 0.12 on two cores, without cache
 OPTIONS = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}
 OVERHEAD_A_NODE = 8e-6  # seconds that each costs in a step, that a compiled one does not
@@ -68,6 +70,8 @@ class Differentiated:
 
     def backward(self) -> None:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if not parameter.requires_grad:  # frozen
+                continue
             if gradient.stride() != parameter.stride():
                 # fused optimizers go through both in memory's order, without a look at it
                 gradient = torch.empty_like(parameter).copy_(gradient)
@@ -123,20 +127,26 @@ class Compiled:
         shapes = (self.state(), *map(tuple, trees[2:]), *(leaf.shape for leaf in points))
         # a graph for all sizes takes them to be more than one
         general = self.varying and all(leaf.shape[1] > 1 for leaf in points)
-        key = shapes[:3] if general else shapes
+        key = (*shapes[:3], *((s[0], *s[2:]) for s in shapes[3:])) if general else shapes
         if key not in self._graphs:
             self._graphs[key] = self._build(trees, general)
         graph = self._graphs[key]
         if graph is None:
             return self.compute(*trees)
-        found = graph(*trees)
-        if shapes not in self._checked:
-            self._checked.add(shapes)
-            expected = self.compute(*trees)
-            if not agree(found, expected):
-                log.warning("compiled, the loss or its gradient comes out otherwise: not compiled")
-                self._graphs[key] = None
-                return expected
+        if shapes in self._checked:
+            return graph(*trees)
+        self._checked.add(shapes)
+        expected = self.compute(*trees)
+        try:
+            found = graph(*trees)
+        except Exception as error:
+            self._graphs[key] = None
+            log.warning(NOT_COMPILED, reason(error))
+            return expected
+        if not agree(found, expected):
+            log.warning("compiled, the loss or its gradient comes out otherwise: not compiled")
+            self._graphs[key] = None
+            return expected
         return found
 
     def _build(self, trees: tuple[Named, ...], general: bool) -> Callable[..., Found] | None:
@@ -144,8 +154,7 @@ class Compiled:
             graph, new = traced(self.compute, trees, general)
             run = compiled(graph, leaves_of(trees), general)
         except Exception as error:
-            why = str(error).strip() or type(error).__name__
-            log.warning("not compiled, so that steps take longer: %s", why.splitlines()[0])
+            log.warning(NOT_COMPILED, reason(error))
             return None
 
         def found(*trees: Named) -> Found:
@@ -232,6 +241,11 @@ def leaves_of(trees: tuple[Named, ...]) -> list[Tensor]:
     return [leaf for tree in trees for leaf in tree.values()]
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def keep_compiled() -> None:
     """Let what is compiled outlive a restart of the machine, in the user's cache folder.
 
@@ -246,8 +260,10 @@ def compiled(
 ) -> Callable[..., Any]:
     """The graph as machine code; kept on disk, so that the next run takes seconds."""
     from torch._inductor import standalone_compile
+    from torch.fx.experimental import _config
 
-    with torch.no_grad():
+    # sizes that are equal by chance are not the same size
+    with torch.no_grad(), _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return standalone_compile(
             graph,
             [leaf.detach() for leaf in leaves],

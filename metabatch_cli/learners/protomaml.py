@@ -85,4 +85,7 @@ class ProtoMAML(GradientBased):
     ) -> Tensor:
         body = {name: weight for name, weight in weights.items() if name not in HEAD}
         embedded = self.call(self.model, {**of_model(meta), **body}, points, context)
-        return F.linear(embedded, *(weights[name].to(embedded.dtype) for name in HEAD))
+        # 2c·x − ‖c‖² loses its digits in fewer bits
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+        with torch.autocast(embedded.device.type, enabled=False):
+            return F.linear(embedded, *(weights[name].to(embedded.dtype) for name in HEAD))

@@ -37,7 +37,8 @@ class Reptile(GradientBased):
         inner_batch: points of the context that a step sees while training, drawn anew each time
             that all were seen; None for all of them.
         inner_optimizer: `sgd`, or `adam` with β₁ = 0 and β₂ = 0.999, whose mean squares go on from
-            batch to batch, as in the published code.
+            batch to batch, as in the published code; there also from task to task, here as their
+            average over the tasks of a batch (of its part, with `trainer.accumulate`).
         eval_steps, inner_loop, normalisation: as for `GradientBased`; held-out tasks are adapted
             to with all of their context at every step.
     """
@@ -68,17 +69,22 @@ class Reptile(GradientBased):
         """With the order in which a task's points are seen, `[tasks, inner_steps · inner_batch]`,
         from torch's global generator."""
         context, target = super().shown(tasks)
-        shape = context["x"].shape[:2]
-        if self.inner_batch is None or not shape[1]:
+        (tasks_here, points), device = context["x"].shape[:2], context["x"].device
+        if self.inner_batch is None or not points:
             return context, target
-        keys = torch.rand(shape).to(context["x"].device)
-        counts = torch.full(shape[:1], shape[1], device=keys.device)
+        wanted = self.inner_steps * self.inner_batch
+        counts, fewest = torch.full((tasks_here, 1), points, device=device), points
+        if "mask" in context:
+            counts = context["mask"].sum(dim=1, keepdim=True).clamp(min=1)
+            fewest = int(counts.min())
+        # an order for each time that a task's points are gone through
+        keys = torch.rand(-(-wanted // fewest), tasks_here, points).to(device)
         if "mask" in context:
             keys = keys.masked_fill(~context["mask"], 2.0)
-            counts = context["mask"].sum(dim=1)
-        places = torch.arange(self.inner_steps * self.inner_batch, device=keys.device)
-        places = places % counts.clamp(min=1)[:, None]
-        return {**context, "order": keys.argsort(dim=1).gather(1, places)}, target
+        orders = keys.argsort(dim=2).movedim(0, 1).flatten(1)
+        place = torch.arange(wanted, device=device)
+        order = orders.gather(1, place // counts * points + place % counts)
+        return {**context, "order": order}, target
 
     def first(self, meta: Weights, context: Points) -> Weights:
         """The network's weights; for Adam the mean squares of their gradients, and a count, too."""
@@ -123,12 +129,12 @@ class Reptile(GradientBased):
     ) -> Found:
         meta = {**parameters, **buffers}
         ended, losses = self._for_each_task(partial(self._walk, meta), context, target)
-        gradients = {
-            f"model.{name}": parameters[f"model.{name}"] - ended[name].mean(dim=0)
-            for name in self.names
-        }
-        new = {name: ended[name].mean(dim=0) for name in ended if name not in self.names}
         mask = context.get("mask")
+        began = self.first(meta, {})
+        # only tasks with a context led anywhere
+        led = {name: mean_over_tasks(end - began[name], mask) for name, end in ended.items()}
+        gradients = {f"model.{name}": -led[name] for name in self.names}
+        new = {name: began[name] + led[name] for name in led if name not in self.names}
         return mean_over_tasks(losses, mask), gradients, new
 
     def _walk(self, meta: Weights, context: Points, target: Points) -> tuple[Weights, Tensor]:

@@ -66,11 +66,11 @@ def task_scores(of_points: dict[str, Tensor], mask: Tensor | None) -> dict[str, 
 
 
 def mean_over_tasks(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean `[]` of `[tasks]` over the tasks that have a real target; 0 if none has."""
+    """The mean `[…]` of `[tasks, …]` over the tasks that have a real point; 0 if none has."""
     if mask is None:
-        return values.mean()
+        return values.mean(dim=0)
     judged = mask.any(dim=1)
-    return blank(values, judged).sum() / judged.sum().clamp(min=1)
+    return blank(values, judged).sum(dim=0) / judged.sum().clamp(min=1)
 
 
 def mean_loss(losses: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metabatch_cli.batching import Task
+from metabatch_cli.batching import PaddedTask, Task
+from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.learners import inner_loop, meta_gradient
 from metabatch_cli.learners.anil import ANIL
 from metabatch_cli.learners.inner_loop import GradientBased
@@ -281,8 +282,8 @@ def test_reptiles_small_batches_see_every_point_before_any_one_again():
     assert context["order"].shape == (3, 12)
     for order in context["order"].tolist():
         assert sorted(order[:6]) == sorted(order[6:]) == list(range(6))
-    orders = {tuple(order[:6]) for order in context["order"].tolist()}
-    assert len(orders) == 3  # each task its own
+    orders = {tuple(order[i : i + 6]) for order in context["order"].tolist() for i in (0, 6)}
+    assert len(orders) == 6  # each task its own, and each time another one
 
 
 # --- which way, and compiled -------------------------------------------------------------------
@@ -333,7 +334,7 @@ def test_torchs_own_convolutions_go_one_by_one_unless_told_otherwise():
     torch.testing.assert_close(ways["auto"], ways["vmap"])
 
 
-ALL_SIZES = pytest.param(True, ((5, 7), (3, 4), (8, 8), (1, 3)), 2, marks=pytest.mark.slow)
+ALL_SIZES = pytest.param(True, ((6, 6), (5, 7), (3, 4), (8, 8), (1, 3)), 2, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("varying", "sizes", "graphs"), [(False, ((5, 7),), 1), ALL_SIZES])
@@ -399,3 +400,90 @@ def test_what_is_compiled_goes_to_the_users_cache_folder(cache_home, monkeypatch
     learner, tasks = case(SMOOTH, "maml")
     learner.cost_of_compiling(tasks)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_home / "metabatch" / "compiled")
+
+
+def uncompiled(graph: Callable[..., list[Tensor]], *args: object) -> Callable[..., list[Tensor]]:
+    """Stands in for the compiler: the graph as it was traced."""
+    return graph
+
+
+def test_a_graph_for_all_sizes_is_for_one_number_of_tasks(monkeypatch):
+    monkeypatch.setattr(meta_gradient, "compiled", uncompiled)
+    learner, tasks = case(SMOOTH, "maml")
+    loss_of = learner.compiled(varying=True)
+    for n_context, count in ((6, 3), (5, 3), (5, 2), (4, 2)):
+        tasks = slice_tasks(regression(n_context=n_context, n_target=6), 0, count)
+        torch.testing.assert_close(loss_of(tasks).detach(), learner(tasks).detach())
+    assert len(loss_of.args[0]._graphs) == 2
+
+
+def test_a_graph_that_fails_at_a_size_is_not_used(monkeypatch, caplog):
+    def only_six(graph: Callable[..., list[Tensor]], *args: object) -> Callable[..., list[Tensor]]:
+        def run(*leaves: Tensor) -> list[Tensor]:
+            if leaves[-1].shape[1] != 6:
+                raise RuntimeError("expected size 6")
+            return graph(*leaves)
+
+        return run
+
+    monkeypatch.setattr(meta_gradient, "compiled", only_six)
+    learner, _ = case(SMOOTH, "maml")
+    loss_of = learner.compiled(varying=True)
+    with caplog.at_level(logging.WARNING, "metabatch"):
+        for n_context in (6, 5, 5):
+            tasks = regression(n_context=n_context, n_target=n_context)
+            torch.testing.assert_close(loss_of(tasks).detach(), learner(tasks).detach())
+    assert caplog.text.count("expected size 6") == 1
+
+
+def test_a_frozen_weight_is_given_no_gradient():
+    frozen, free = (nn.Parameter(torch.ones(2), requires_grad=grad) for grad in (False, True))
+    given = [torch.ones(2), torch.ones(2)]
+    meta_gradient.Differentiated(torch.zeros(()), given, [frozen, free]).backward()
+    assert frozen.grad is None
+    assert free.grad is not None
+
+
+@pytest.mark.parametrize("inner_loop", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", [MAML, MAMLPlusPlus, MetaSGD, ANIL])
+def test_without_any_context_nothing_is_learned_from_it(kind, inner_loop):
+    learner = kind(mlp(), inner_loop=inner_loop, eval_steps=[0, 2])
+    tasks = regression(n_context=4)
+    empty = tasks._replace(context_x=tasks.context_x[:, :0], context_y=tasks.context_y[:, :0])
+    learner(empty).backward()
+    scores = learner.score(empty)
+    torch.testing.assert_close(scores["mse@steps=0"], scores["mse@steps=2"])
+
+
+def test_a_network_that_draws_does_so_for_every_task():
+    torch.manual_seed(0)
+    drawing = nn.Sequential(nn.Linear(1, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+    tasks = regression()
+    same = Task(*(part[:1].expand(4, *part.shape[1:]).float() for part in tasks[:4]), {})
+    learner = MAML(drawing, inner_steps=0, inner_loop="vmap")
+    learner._decide(*inner_loop.points_of(same))
+    context, target = inner_loop.points_of(same)
+    outputs = learner._outputs(context, target, [0])[0]
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_accuracy_is_a_fraction_in_32_bits_also_in_bfloat16():
+    torch.manual_seed(0)
+    tasks = classification(queries=25)
+    learner = ProtoMAML(conv("batch").float(), ways=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = learner.score(tasks)
+    assert all(score.dtype == torch.float32 for score in scores.values())
+
+
+def test_reptile_moves_by_the_mean_over_tasks_with_a_context():
+    tasks = regression()
+    masks = [torch.ones(x.shape[:2], dtype=torch.bool) for x in (tasks[0], tasks[2])]
+    masks[0][1:] = False
+    padded = PaddedTask(*tasks[:2], masks[0], *tasks[2:4], masks[1], {})
+    gradients = []
+    for given in (padded, slice_tasks(tasks, 0, 1)):
+        learner = Reptile(mlp(), inner_steps=2, inner_batch=None)
+        learner(given).backward()
+        gradients.append([parameter.grad for parameter in learner.parameters()])
+    torch.testing.assert_close(*gradients)
