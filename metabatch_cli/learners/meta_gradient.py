@@ -204,7 +204,7 @@ def traced(
     if not general:
         graph = make_fx(flat, products)(*leaves_of(trees))
     else:
-        fake = FakeTensorMode(shape_env=ShapeEnv())
+        fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
         inputs = []
         for number, tree in enumerate(trees):
             for leaf in tree.values():
