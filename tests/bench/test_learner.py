@@ -93,13 +93,14 @@ def test_the_reference_is_in_64_bits():
 
 def test_the_command_measures_shows_and_writes(tmp_path):
     words = ("bench", "learner", "tasks=2", "training=1", "seconds=0.001", "repeats=1")
-    said = metabatch(*words, "rivals=[conventional,ours]", cwd=tmp_path).stdout
-    assert "sine_mlp: MLP 1-40-40-1" in said
-    assert "omniglot_conv4: Conv-4" in said
+    more = ("work=sine_mlp", "rivals=[conventional,ours]", "threads=[1,2]")
+    said = metabatch(*words, *more, cwd=tmp_path).stdout
+    assert "sine_mlp: MLP 1-40-40-1, 10 shots, 10 targets, 1 thread" in said
+    assert "10 targets, 2 threads" in said
     found = json.loads((tmp_path / "bench-learner.json").read_text())
     assert found["benchmark"] == "learner"
-    assert [(r["work"], r["rival"]) for r in found["rows"]] == [
-        (work, rival) for work in META_WORKS for rival in ("conventional", "ours")
+    assert [(r["threads"], r["rival"]) for r in found["rows"]] == [
+        (count, rival) for count in (1, 2) for rival in ("conventional", "ours")
     ]
     assert found["works"]["sine_mlp"]["inner_steps"] == 5
     for row in found["rows"]:
