@@ -19,6 +19,7 @@ usage: metabatch eval run=DIR [KEY=VALUE ...]
   taskset.max_ctx_pts=5        other test tasks: any key of the task set
   evaluation.predict=autoregressive   one target after the other, each given those before it
   learner.normalisation=support       by the moments of the context (few-shot classifiers)
+  learner.eval_steps=[0,1,20]         after other numbers of gradient steps (MAML and its kin)
   trainer.test_on=last         the last weights instead of the best ones
   -m taskset.max_ctx_pts=1,5   a table for each value
   --cfg job                    the configuration, without scoring
