@@ -141,6 +141,12 @@ def build_learner(config: Config, spec: TaskSpec) -> Learner:
     learner = build("learner", config.learner, model=model, **facts)
     if not isinstance(learner, Learner):
         raise ConfigError("learner._target_", f"is a {type(learner).__name__}, not a Learner")
+    if learner.only_classifies and spec.kind != "classification":
+        raise ConfigError(
+            "learner",
+            f"{type(learner).__name__} tells classes apart, and the y of these tasks are no labels",
+            allowed="task sets of classes, such as taskset=omniglot_episodes",
+        )
     return learner
 
 

@@ -34,6 +34,8 @@ class EmbeddingLearner(Learner):
         ValueError: a normalisation that a layer of the network cannot follow.
     """
 
+    only_classifies = True
+
     exact = True
     """Whether `compare` is computed in 32 bits at least, without autocast."""
 

@@ -47,6 +47,9 @@ class Learner(nn.Module):
     has_spread = True
     """Whether the deviation of `predict` means something: figures show it then."""
 
+    only_classifies = False
+    """Whether tasks have to be of classes."""
+
     copies = 1
     """How many copies of a context `predict` computes with at a time."""
 

@@ -171,6 +171,7 @@ def test_a_group_that_is_not_there_is_named_with_the_nearest(tmp_path):
         (["loader.batch_size=0"], ["loader.batch_size=0", "at least 1"]),
         (["taskset.min_pts=30", "taskset.max_ctx_pts=10"], ["max_ctx_pts=10", "min_pts=30"]),
         (["model=cnnp"], ["model=cnnp", "did you mean 'cnp'?"]),
+        (["learner=protonet"], ["learner: ProtoNet tells classes apart", "omniglot_episodes"]),
         (["model._target_=my_models.Net"], ["model._target_=my_models.Net", "'my_models'"]),
         pytest.param(
             ["loader.device=cuda"],
