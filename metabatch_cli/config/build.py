@@ -15,7 +15,14 @@ from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.ragged import PaddedTask
 from metabatch_cli.batching.task import as_task
 from metabatch_cli.batching.taskset import Split, TaskSet, TaskSpec
-from metabatch_cli.config.check import FROM_SPEC, is_taskset, locate, merged, test_sets
+from metabatch_cli.config.check import (
+    FROM_SPEC,
+    constructors,
+    is_taskset,
+    locate,
+    merged,
+    test_sets,
+)
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.config.schema import Config, EvaluationConfig
 from metabatch_cli.learners.learner import Learner
@@ -52,16 +59,10 @@ def build(key: str, node: Mapping[str, Any], **extra: Any) -> Any:
 
 def accepted(target: Any) -> set[str]:
     """The names of all arguments that a constructor takes, those behind its **kwargs too."""
-    kinds = target.__mro__ if inspect.isclass(target) else [target]
     names: set[str] = set()
-    for kind in kinds:
-        own = vars(kind).get("__init__") if inspect.isclass(kind) else kind
-        if own is None or own is object.__init__:
-            continue
-        parameters = inspect.signature(own).parameters.values()
+    for function in constructors(target):
+        parameters = inspect.signature(function).parameters.values()
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
     return names - {"self"}
 
 

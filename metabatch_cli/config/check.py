@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -245,12 +246,27 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
+def constructors(target: Any) -> list[Callable[..., Any]]:
+    """The functions that take a target's arguments: while one has **kwargs, its base's too."""
+    if not inspect.isclass(target):
+        return [target]
+    found = []
+    for own in (vars(kind)["__init__"] for kind in target.__mro__ if "__init__" in vars(kind)):
+        if own is object.__init__:
+            break
+        found.append(own)
+        if not any(p.kind is p.VAR_KEYWORD for p in _parameters(own).values()):
+            break
+    return found
+
+
 def _hints(target: Any) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return get_type_hints(function, include_extras=True)
-    except Exception:  # names that exist for type checkers only: names are checked all the same
-        return {}
+    hints: dict[str, Any] = {}
+    for function in reversed(constructors(target)):
+        # names that exist for type checkers only: names are checked all the same
+        with contextlib.suppress(Exception):
+            hints |= get_type_hints(function, include_extras=True)
+    return hints
 
 
 def _check_value(key: str, value: Any, hint: Any) -> Any:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
-from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from metabatch_cli.learners.at_once import InnerLoop
-from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
+from metabatch_cli.learners.inner_loop import Points, Weights, of_model
+from metabatch_cli.learners.maml import MAML
 from metabatch_cli.models.conv2d import weights_of_each_task
-from metabatch_cli.models.normalisation import Mode
 
 
-class ANIL(GradientBased):
+class ANIL(MAML):
     """Raghu et al. 2020, "Rapid Learning or Feature Reuse?" (arXiv:1909.09157), §4.
 
     MAML whose inner loop changes the last layer only. Context and target go through the body
@@ -21,31 +19,14 @@ class ANIL(GradientBased):
 
     Args:
         model: with a method `features`, `[points, …] → [points, n]`, and a module `head` behind it.
-        ways: as for `GradientBased`.
-        inner_lr: α, the step size of the inner loop.
-        inner_steps: gradient steps on the context while training.
-        first_order: whether to leave the derivative of the inner gradients out.
-        eval_steps, inner_loop, normalisation: as for `GradientBased`.
+        ways, arguments: as for `MAML`.
 
     Raises:
         ValueError: a network that is not of such parts.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ways: int | None = None,
-        inner_lr: Annotated[float, Gt(0)] = 0.01,
-        inner_steps: Annotated[int, Ge(1)] = 1,
-        first_order: bool = False,
-        eval_steps: list[Annotated[int, Ge(0)]] | None = None,
-        inner_loop: InnerLoop = "auto",
-        normalisation: Mode = "transductive",
-    ) -> None:
-        super().__init__(
-            model, ways, inner_steps, first_order, eval_steps, inner_loop, normalisation
-        )
-        self.inner_lr = inner_lr
+    def __init__(self, model: nn.Module, ways: int | None = None, **arguments: Any) -> None:
+        super().__init__(model, ways, **arguments)
         head = getattr(model, "head", None)
         own = {id(part) for part in head.parameters()} if isinstance(head, nn.Module) else set()
         if not own or not hasattr(model, "features"):
@@ -70,9 +51,6 @@ class ANIL(GradientBased):
 
     def first(self, meta: Weights, context: Points) -> Weights:
         return {own: meta[f"model.{name}"] for name, own in self.of_head.items()}
-
-    def stepped(self, meta: Weights, weights: Weights, gradients: Weights, step: int) -> Weights:
-        return {name: weight - self.inner_lr * gradients[name] for name, weight in weights.items()}
 
     def output(
         self,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabatch_cli.learners.at_once import InnerLoop
 from metabatch_cli.learners.embedding import check_embeds
-from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
-from metabatch_cli.models.normalisation import Mode
+from metabatch_cli.learners.inner_loop import Points, Weights, of_model
+from metabatch_cli.learners.maml import MAML
 
 HEAD = ("prototypes.weight", "prototypes.bias")
 
 
-class ProtoMAML(GradientBased):
+class ProtoMAML(MAML):
     """Triantafillou et al. 2020, "Meta-Dataset" (arXiv:1903.03096), §3.
 
     A linear layer with weights `2 c_k` and biases `−‖c_k‖²`, of the prototypes `c_k` of a task's
@@ -27,10 +26,9 @@ class ProtoMAML(GradientBased):
     Args:
         model: embeds images, `[points, …] → [points, n]`.
         ways: classes in a task; given by the task set.
-        inner_lr: α, the step size of the inner loop.
         inner_steps: gradient steps on the context while training.
         first_order: whether to leave the derivative of the inner gradients out, as in the paper.
-        eval_steps, inner_loop, normalisation: as for `GradientBased`.
+        arguments: as for `MAML`.
 
     Raises:
         ValueError: tasks that have no classes.
@@ -40,20 +38,14 @@ class ProtoMAML(GradientBased):
         self,
         model: nn.Module,
         ways: int | None = None,
-        inner_lr: Annotated[float, Gt(0)] = 0.01,
         inner_steps: Annotated[int, Ge(1)] = 5,
         first_order: bool = True,
-        eval_steps: list[Annotated[int, Ge(0)]] | None = None,
-        inner_loop: InnerLoop = "auto",
-        normalisation: Mode = "transductive",
+        **arguments: Any,
     ) -> None:
         if ways is None:
             raise ValueError("ProtoMAML begins with the prototypes of classes: tasks need ways")
         check_embeds(model, "ProtoMAML")
-        super().__init__(
-            model, ways, inner_steps, first_order, eval_steps, inner_loop, normalisation
-        )
-        self.inner_lr = inner_lr
+        super().__init__(model, ways, inner_steps=inner_steps, first_order=first_order, **arguments)
         self.n_classes = ways
 
     def first(self, meta: Weights, context: Points) -> Weights:
@@ -71,9 +63,6 @@ class ProtoMAML(GradientBased):
         absent = torch.where(counts[:, 0] > 0, 0.0, -1e4).to(embedded.dtype)
         head = 2 * prototypes, absent - prototypes.square().sum(dim=1)
         return weights | dict(zip(HEAD, head, strict=True))
-
-    def stepped(self, meta: Weights, weights: Weights, gradients: Weights, step: int) -> Weights:
-        return {name: weight - self.inner_lr * gradients[name] for name, weight in weights.items()}
 
     def output(
         self,

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metabatch_cli.config.check import check, check_component, locate, test_sets
+from metabatch_cli.config.check import FROM_SPEC, check, check_component, locate, test_sets
 from metabatch_cli.config.compose import compose, config_dir
 from metabatch_cli.config.errors import ConfigError, UserError
 from tests.config.examples import BASE, checked, plain, with_value
@@ -275,6 +275,19 @@ def test_overrides_that_fit_pass():
 
 
 # --- components --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "argument"),
+    [
+        ("metabatch_cli.learners.anil.ANIL", "inner_lr"),
+        ("metabatch_cli.learners.protomaml.ProtoMAML", "inner_steps"),
+        ("metabatch_cli.models.banp.BANP", "width"),
+    ],
+)
+def test_arguments_that_a_class_passes_on_are_checked_as_its_bases_say(target, argument):
+    said = str(refusal({"_target_": target, argument: "many"}, provided=FROM_SPEC | {"model"}))
+    assert said.startswith(f"part.{argument}=many: ")
 
 
 @pytest.mark.parametrize("node", [None, 3, "text", [], {}, {"size": 3}, {"_target_": None}])
