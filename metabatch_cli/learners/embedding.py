@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.learner import Learner, Metric
-from metabatch_cli.models.conv4 import Conv4
 from metabatch_cli.models.masking import blank, joined_masks, mean_loss, task_scores
 from metabatch_cli.models.normalisation import Mode, check_mode, normalised, what_normalises
 
@@ -243,10 +242,10 @@ def embedded_shape(model: nn.Module, x_shape: tuple[int, ...] | None) -> tuple[i
 
 
 def check_embeds(model: nn.Module, learner: str) -> None:
-    """Refuse a network that ends in scores of classes.
+    """Refuse a network that says of itself, by `classifies`, that it ends in scores of classes.
 
     Raises:
         ValueError: names the learner that compares embeddings.
     """
-    if isinstance(model, Conv4) and isinstance(model.head, nn.Linear):
+    if getattr(model, "classifies", False):
         raise ValueError(f"{learner} compares embeddings, and the network has a head: head=false")

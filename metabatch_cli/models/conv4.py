@@ -83,6 +83,7 @@ class Conv4(nn.Module):
         self.blocks = nn.Sequential(*blocks, last)
         features = width if average else width * sides[0] * sides[1]
         self.head = nn.Linear(features, dim_y) if head else nn.Identity()
+        self.classifies = head  # what compares embeddings asks
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
