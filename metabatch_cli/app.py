@@ -35,7 +35,9 @@ COMMANDS = {
         "metabatch_cli.commands.check", "try a configuration, leave nothing", "+experiment=NAME …"
     ),
     "bench": Command(
-        "metabatch_cli.commands.bench", "how fast: loaders, training steps", "WHAT [KEY=VALUE …]"
+        "metabatch_cli.commands.bench",
+        "how fast: loaders, learners, training steps",
+        "WHAT [KEY=VALUE …]",
     ),
     "report": Command(
         "metabatch_cli.commands.report", "one table from runs and sweeps, over seeds", "DIR …"
