@@ -97,6 +97,18 @@ class Group:
         of_seed = {run.seed: run for run in self.runs if run.status == "completed"}
         return list(of_seed.values())
 
+    def how(self, metrics: Iterable[str]) -> dict[str, str]:
+        """How metrics were measured, such as `scoring: marginal`; several ways side by side."""
+        entries = [
+            run.metrics[name] for name in metrics for run in self.counted if name in run.metrics
+        ]
+        ways: dict[str, dict[str, None]] = {}
+        for entry in entries:
+            for key, value in entry.items():
+                if isinstance(value, str):
+                    ways.setdefault(key, {})[value] = None
+        return {key: ", ".join(values) for key, values in ways.items()}
+
     @property
     def seconds(self) -> float | None:
         """The mean time of training of those that count."""
@@ -150,6 +162,13 @@ class Summary:
         """What a group has in each column."""
         return [shown(key, _value(group, key)) for key in self.columns]
 
+    def how(self) -> dict[str, list[str]]:
+        """How the shown metrics were measured: by key, such as `normalisation`, the way of each
+        group, "–" where it has none."""
+        ways = [group.how(self.metrics) for group in self.groups]
+        keys = dict.fromkeys(key for of in ways for key in of)
+        return {key: [of.get(key, "–") for of in ways] for key in keys}
+
     def as_json(self, metrics: Iterable[str] | None = None) -> dict[str, Any]:
         """The same as a tree for JSON, with the seeds' scores and every run.
 
@@ -168,6 +187,7 @@ class Summary:
                     "differs_in": {key: group.config.get(key) for key in differing},
                     "seeds": [run.seed for run in group.counted],
                     "seconds": group.seconds,
+                    "how": group.how(names),
                     "metrics": {
                         name: vars(score)
                         for name in names
@@ -359,6 +379,9 @@ def telling_columns(groups: Sequence[Group]) -> list[str]:
     choices = [key for key in typed if not any(key in group.config for group in groups)]
     values = [key for key in typed if key not in choices]
     columns = _telling(groups, choices, [])
+    for group in groups:  # one that chose none of these has no name yet
+        if columns and all(_value(group, key) is None for key in columns):
+            columns += [key for key in choices if _value(group, key) is not None][:1]
     if not columns:
         columns = values
     return _telling(groups, [*values, *differing_keys(groups)], columns)

@@ -63,13 +63,21 @@ def _table(summary: Summary, metrics: Sequence[str], narrow: bool) -> Table:
         table.add_column(heading, style="bold cyan", overflow="fold")
     for name in metrics:
         table.add_column(_heading(name), justify="right", no_wrap=True)
+    ways = {key: of_groups for key, of_groups in summary.how().items() if _differ(of_groups)}
+    for key in ways:
+        table.add_column(key, overflow="fold")
     for name in ("runs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    for group in summary.groups:
+    for group, *how in zip(summary.groups, *ways.values(), strict=True):
         cells = [_cell(group.score(name)) for name in metrics]
         seconds = "–" if group.seconds is None else clock(group.seconds)
-        table.add_row(*summary.values(group), *cells, _runs(group), seconds)
+        table.add_row(*summary.values(group), *cells, *how, _runs(group), seconds)
     return table
+
+
+def _differ(ways: Sequence[str]) -> bool:
+    """Whether groups were measured in more than one way; one without scores has none."""
+    return len({way for way in ways if way != "–"}) > 1
 
 
 def _heading(metric: str) -> str:
@@ -104,6 +112,9 @@ def _caption(summary: Summary) -> RenderableType:
         sum(run.status == "completed" for run in group.runs) - len(group.counted)
         for group in summary.groups
     )
+    for key, ways in summary.how().items():
+        if not _differ(ways):
+            said += f"; {key} {next(way for way in ways if way != '–')}"
     if repeated:
         said += f"; of {_counted(repeated, 'repeated run')} of a seed the last one counts"
     return Text(said.removeprefix("; "), style="dim")

@@ -16,19 +16,23 @@ def write(
     typed: tuple[str, ...] = (),
     metrics: dict[str, float | None] | None = None,
     error: str | None = None,
+    how: dict[str, str] | None = None,
     **config: Any,
 ) -> Path:
     """What a run of some seed leaves behind.
 
     Args:
         metrics: by name, the mean; `test/accuracy` of seed/10 if it is left out.
+        how: further fields of each metric.
         config: further sections of its configuration.
     """
     run = RunDirectory(directory)
     tree = {"seed": seed, "model": {"_target_": "a.CNP", "width": 8}, **config}
     run.write_config(tree, [*typed, f"seed={seed}"])
     means = {"test/accuracy": seed / 10} if metrics is None else metrics
-    entries = {name: {"mean": m, "ci95": 0.25, "tasks": 16} for name, m in means.items()}
+    entries = {
+        name: {"mean": m, "ci95": 0.25, "tasks": 16, **(how or {})} for name, m in means.items()
+    }
     run.write_result(
         status=status,
         step=10,

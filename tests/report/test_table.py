@@ -188,6 +188,34 @@ def test_a_choice_stands_for_all_that_comes_with_it(tmp_path: Path) -> None:
     assert "also different: trainer.max_steps" in said(tmp_path)
 
 
+def test_every_row_has_a_name_whichever_kind_of_choice_was_typed(tmp_path: Path) -> None:
+    write(tmp_path / "a", typed=("+experiment=protonet_omniglot",), **model(8))
+    write(tmp_path / "b", typed=("+setup=omniglot",), **model(16))
+    summary = summarise([tmp_path])
+    assert list(summary.columns) == ["experiment", "setup"]
+    rows = [summary.values(group) for group in summary.groups]
+    assert rows == [["protonet_omniglot", "–"], ["–", "omniglot"]]
+
+
+def test_what_all_scores_have_in_common_stands_below_the_table(tmp_path: Path) -> None:
+    for number, width in enumerate((8, 16)):
+        write(tmp_path / f"{number}", how={"normalisation": "running"}, **model(width))
+    assert "normalisation running" in said(tmp_path)
+    assert said(tmp_path).count("normalisation") == 1
+
+
+def test_scores_of_several_kinds_of_normalisation_have_a_column_for_it(tmp_path: Path) -> None:
+    for number, way in enumerate(("running", "transductive", None)):
+        how = {"normalisation": way} if way else {}
+        write(tmp_path / f"{number}", how=how, **model(8 + number))
+    ways = summarise([tmp_path]).how()
+    assert ways == {"normalisation": ["running", "transductive", "–"]}
+    heading, *rows = [line.split() for line in said(tmp_path).splitlines()[1:5]]
+    assert "normalisation" in heading
+    place = [row[-3] for row in rows]
+    assert place == ["running", "transductive", "–"]
+
+
 def test_configurations_that_nobody_typed_are_told_apart_too(tmp_path: Path) -> None:
     for name in ("CNP", "ANP"):
         write(tmp_path / name, model={"_target_": f"a.b.{name}", "width": len(name), "head": None})
