@@ -84,18 +84,18 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
+    from metabatch_cli.config.errors import ConfigError
     from metabatch_cli.engine.memory import keep_freed_memory
     from metabatch_cli.engine.run import load_run
     from metabatch_cli.report.console import Reporter
     from metabatch_cli.report.files import write_json
 
+    typed = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    for key, value in typed.items():
+        _refuse_what_is_of_training(key, value)
     plain = choices.resolve(config, fall_back=True)
     directory = plain.pop("run")
-    changed = {
-        word.lstrip("+").partition("=")[0]: word.partition("=")[2]
-        for word in overrides
-        if word.lstrip("+").startswith("taskset.")
-    }
+    changed = {key: value for key, value in typed.items() if key.startswith("taskset.")}
     if changed:  # what was typed beats the run's own test sets, and names the result
         name = ",".join(f"{key.removeprefix('taskset.')}={value}" for key, value in changed.items())
         kept = plain["evaluation"]["test"] or {}
@@ -103,6 +103,13 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
     keep_freed_memory()  # as a training does: every batch asks for the same again
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
+    for name, instead in run.learner.when_tested.items():
+        if f"learner.{name}" in typed and plain["learner"].get(instead) is not None:
+            raise ConfigError(
+                f"learner.{name}",
+                f"is about training; a test goes by learner.{instead}",
+                value=typed[f"learner.{name}"],
+            )
     evaluation = run.score()
     reporter = Reporter()
     reporter.result(f"test, weights of step {run.step:,}", evaluation.metrics)
@@ -147,6 +154,22 @@ def _added_where_new(word: str, saved: dict[str, Any]) -> str:
     name = name.partition(".")[0]
     new = section in ("evaluation", "learner") and name and name not in known
     return f"++{word}" if new else word
+
+
+def _refuse_what_is_of_training(key: str, value: str) -> None:
+    """Refuse, with a ConfigError, an override that would change nothing about a score."""
+    from metabatch_cli.config.errors import ConfigError
+
+    section, _, name = key.partition(".")
+    scores = section == "trainer" and name in ("test_on", "precision", "threads")
+    if section in ("optimizer", "scheduler", "trainer", "logger", "seed", "fresh") and not scores:
+        raise ConfigError(
+            key,
+            "is about training; a run is scored as it was trained",
+            value=value,
+            allowed="keys of taskset, evaluation, learner, loader, and trainer.test_on, "
+            "trainer.precision, trainer.threads",
+        )
 
 
 def _below(taskset: dict[str, Any], keys: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from metabatch_cli.batching.taskset import Split, TaskSet
 from metabatch_cli.config import build, choices
@@ -23,7 +24,7 @@ from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation
 from metabatch_cli.engine.parts import Parts, describe
 from metabatch_cli.engine.run_directory import RunDirectory
-from metabatch_cli.engine.same_run import has_nothing_to_do
+from metabatch_cli.engine.same_run import flatten, has_nothing_to_do
 from metabatch_cli.engine.stop import Interrupted
 from metabatch_cli.engine.trainer import Trainer
 from metabatch_cli.learners.learner import Learner
@@ -227,15 +228,39 @@ def load_run(
     if not files:
         raise UserError(f"run={directory}: has no checkpoint yet (status: {status_of(run)})")
     state = checkpoint.load(files[0], wanted)
-    try:
-        with random_states.preserved():
-            parts.learner.load_state_dict(state["learner"])
-    except RuntimeError as error:
+    with random_states.preserved():
+        learner = parts.learner
+    if unlike := _unlike(state["learner"], learner.state_dict()):
         raise UserError(
-            f"{files[0]}: does not fit the model that the configuration describes (model and "
-            f"learner are the run's own): {str(error).splitlines()[-1].strip()}"
-        ) from error
+            f"{files[0]}: does not fit the network that the configuration describes: {unlike}"
+            + _changed(run.read_config(), plain)
+        )
+    learner.load_state_dict(state["learner"])
     return Run(run, parts.config, parts.learner.eval(), parts, int(state["step"]))
+
+
+def _unlike(saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
+    """The first weight of which one of both has none, or another shape; empty if there is none."""
+    for name in (*here, *saved):
+        if name not in saved:
+            return f"it has {name}, which was not trained"
+        if name not in here:
+            return f"it lacks {name}, which was trained"
+        if saved[name].shape != here[name].shape:
+            shapes = list(here[name].shape), list(saved[name].shape)
+            return "{} is {} in it, and {} was trained".format(name, *shapes)
+    return ""
+
+
+def _changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a configuration has of tasks, network and learner that the run's own has not."""
+    before = flatten(saved)
+    changed = [
+        f"{key}={value}"
+        for key, value in flatten(now).items()
+        if key.partition(".")[0] in ("taskset", "model", "learner") and before.get(key) != value
+    ]
+    return f"\n  changed since: {', '.join(changed)}" if changed else ""
 
 
 def already_completed(run: RunDirectory, reporter: Reporter) -> dict[str, Any]:

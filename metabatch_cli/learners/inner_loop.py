@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class GradientBased(Learner):
     """
 
     has_spread = False
+    when_tested: ClassVar = {"inner_steps": "eval_steps"}
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -49,6 +49,9 @@ class Learner(nn.Module):
 
     only_classifies = False
     """Whether tasks have to be of classes."""
+
+    when_tested: ClassVar[Mapping[str, str]] = {}
+    """Arguments that say something of training only, and those that say it of tests instead."""
 
     copies = 1
     """How many copies of a context `predict` computes with at a time."""

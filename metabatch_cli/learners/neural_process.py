@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class NeuralProcess(Learner):
     Raises:
         ValueError: a name that is none of those above, or an objective that the model cannot have.
     """
+
+    when_tested: ClassVar = {"samples": "eval_samples"}
 
     def __init__(
         self,

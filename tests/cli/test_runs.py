@@ -180,6 +180,22 @@ def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
     assert examples.fingerprint(trained) == before
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("optimizer.lr=0.1", "a run is scored as it was trained"),
+        ("trainer.max_steps=5", "a run is scored as it was trained"),
+        ("learner.samples=5", "a test goes by learner.eval_samples"),
+    ],
+)
+def test_what_is_about_training_is_no_part_of_scoring(trained, word, said):
+    before = examples.fingerprint(trained)
+    done = metabatch("eval", "run=run", word, cwd=trained, code=1)
+    assert f"{word}: " in only_message(done)
+    assert said in only_message(done)
+    assert examples.fingerprint(trained) == before
+
+
 def test_an_unknown_key_of_a_run_is_named_with_the_nearest(trained):
     done = metabatch("eval", "run=run", "taskset.nois=1", cwd=trained, code=1)
     assert "did you mean 'noise'?" in only_message(done)

@@ -360,8 +360,10 @@ def test_what_is_no_run_is_said_to_be_none(tmp_path):
 def test_weights_that_do_not_fit_the_configuration_are_refused_by_the_files_name(completed):
     config = yaml.safe_load((completed / "config.yaml").read_text())
     config["model"]["width"] = 9
-    with pytest.raises(UserError, match=r"best.pt: does not fit the model"):
+    with pytest.raises(UserError, match=r"best.pt: does not fit the network") as caught:
         load_run(completed, config=config)
+    assert "changed since: model.width=9" in str(caught.value)
+    assert "[9, 2] in it, and [8, 2] was trained" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
