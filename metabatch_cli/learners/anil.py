@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metabatch_cli.learners.inner_loop import Points, Weights, of_model
+from metabatch_cli.learners.inner_loop import Points, Weights, adapting, of_model
 from metabatch_cli.learners.maml import MAML
 from metabatch_cli.models.conv2d import weights_of_each_task
 
@@ -50,7 +50,8 @@ class ANIL(MAML):
         return {**context, "x": of_context}, {**target, "x": of_target}
 
     def first(self, meta: Weights, context: Points) -> Weights:
-        return {own: meta[f"model.{name}"] for name, own in self.of_head.items()}
+        free = adapting(self.model)
+        return {own: meta[f"model.{name}"] for name, own in self.of_head.items() if name in free}
 
     def output(
         self,
@@ -60,7 +61,8 @@ class ANIL(MAML):
         step: int,
         context: Points | None = None,
     ) -> Tensor:
-        return self.call(self.model.head, weights, points)  # type: ignore[arg-type]
+        head = {own: meta[f"model.{name}"] for name, own in self.of_head.items()}
+        return self.call(self.model.head, {**head, **weights}, points)  # type: ignore[arg-type]
 
 
 class _Features(nn.Module):

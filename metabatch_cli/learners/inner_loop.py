@@ -122,7 +122,7 @@ class GradientBased(Learner):
 
     def first(self, meta: Weights, context: Points) -> Weights:
         """The weights that a task begins with; these adapt."""
-        return of_model(meta, (name for name, _ in self.model.named_parameters()))
+        return of_model(meta, adapting(self.model))
 
     def stepped(self, meta: Weights, weights: Weights, gradients: Weights, step: int) -> Weights:
         """The weights after a gradient step, the `step`-th, counted from 0."""
@@ -431,6 +431,11 @@ class GradientBased(Learner):
         finally:
             self._at_once = before
         return statistics.median(seconds[1:])
+
+
+def adapting(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that gradient steps move, by name: those that are not frozen."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def of_model(meta: Weights, names: Iterable[str] | None = None) -> Weights:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metabatch_cli.learners.at_once import InnerLoop
-from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
+from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, adapting, of_model
 from metabatch_cli.models.normalisation import Mode
 
 
@@ -59,7 +59,7 @@ class MAMLPlusPlus(GradientBased):
             if isinstance(layer, _BatchNorm)
             for part, _ in layer.named_parameters(recurse=False)
         ]
-        self.adapting = [name for name, _ in model.named_parameters() if name not in of_norms]
+        self.adapting = [name for name in adapting(model) if name not in of_norms]
         self.of_norms = of_norms
         self.rates = nn.ParameterList(
             torch.full((inner_steps,), inner_lr).to(model.get_parameter(name))

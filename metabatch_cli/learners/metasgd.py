@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from metabatch_cli.learners.at_once import InnerLoop
-from metabatch_cli.learners.inner_loop import GradientBased, Weights
+from metabatch_cli.learners.inner_loop import GradientBased, Weights, adapting
 from metabatch_cli.models.normalisation import Mode
 
 
@@ -44,8 +44,9 @@ class MetaSGD(GradientBased):
         if not 0 < low <= high:
             raise ValueError(f"inner_lr={inner_lr} must be a rate above 0, or a range of such")
         first = low + (high - low) * torch.rand(()).item()
-        self.names = [name for name, _ in model.named_parameters()]
-        self.rates = nn.ParameterList(torch.full_like(w, first) for w in model.parameters())
+        weights = adapting(model)
+        self.names = list(weights)
+        self.rates = nn.ParameterList(torch.full_like(w, first) for w in weights.values())
 
     def stepped(self, meta: Weights, weights: Weights, gradients: Weights, step: int) -> Weights:
         """`θ − α ∘ ∇L(θ)` (eq. 3), α of the shape of θ."""

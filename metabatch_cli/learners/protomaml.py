@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabatch_cli.learners.embedding import check_embeds
-from metabatch_cli.learners.inner_loop import Points, Weights, of_model
+from metabatch_cli.learners.inner_loop import Points, Weights, adapting, of_model
 from metabatch_cli.learners.maml import MAML
 
 HEAD = ("prototypes.weight", "prototypes.bias")
@@ -50,7 +50,7 @@ class ProtoMAML(MAML):
 
     def first(self, meta: Weights, context: Points) -> Weights:
         """All of the embedding, and a head made of the context's prototypes."""
-        weights = of_model(meta, (name for name, _ in self.model.named_parameters()))
+        weights = of_model(meta, adapting(self.model))
         embedded = self.call(self.model, of_model(meta), context)
         embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         labels = torch.arange(self.n_classes, device=embedded.device)

@@ -14,7 +14,7 @@ from torch.func import grad_and_value
 from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.learners.at_once import InnerLoop
-from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, of_model
+from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, adapting, of_model
 from metabatch_cli.learners.meta_gradient import Found
 from metabatch_cli.models.masking import mean_over_tasks
 from metabatch_cli.models.normalisation import Mode
@@ -59,9 +59,10 @@ class Reptile(GradientBased):
         self.inner_lr = inner_lr
         self.inner_batch = inner_batch
         self.inner_optimizer = one_of("inner_optimizer", inner_optimizer, get_args(InnerOptimizer))
-        self.names = [name for name, _ in model.named_parameters()]
+        weights = adapting(model)
+        self.names = list(weights)
         if inner_optimizer == "adam":
-            for number, weight in enumerate(model.parameters()):
+            for number, weight in enumerate(weights.values()):
                 self.register_buffer(f"squares_{number}", torch.zeros_like(weight))
             self.register_buffer("taken", torch.zeros(()))
 
@@ -133,7 +134,8 @@ class Reptile(GradientBased):
         began = self.first(meta, {})
         # only tasks with a context led anywhere
         led = {name: mean_over_tasks(end - began[name], mask) for name, end in ended.items()}
-        gradients = {f"model.{name}": -led[name] for name in self.names}
+        gradients = {name: torch.zeros_like(part) for name, part in parameters.items()}
+        gradients |= {f"model.{name}": -led[name] for name in self.names}
         new = {name: began[name] + led[name] for name in led if name not in self.names}
         return mean_over_tasks(losses, mask), gradients, new
 

@@ -436,6 +436,34 @@ def test_a_graph_that_fails_at_a_size_is_not_used(monkeypatch, caplog):
     assert caplog.text.count("expected size 6") == 1
 
 
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    "learner_of",
+    [
+        lambda model, **kw: MAML(model, inner_lr=0.1, **kw),
+        lambda model, **kw: MetaSGD(model, inner_lr=0.1, **kw),
+        lambda model, **kw: MAMLPlusPlus(model, inner_steps=1, inner_lr=0.1, **kw),
+        lambda model, **kw: ANIL(model, inner_lr=0.1, **kw),
+        lambda model, **kw: Reptile(model, inner_lr=0.1, inner_batch=None, **kw),
+    ],
+)
+def test_a_frozen_weight_does_not_adapt(learner_of, way):
+    model = mlp()
+    model.head.bias.requires_grad_(False)
+    learner = learner_of(model, inner_loop=way)
+    tasks = regression()
+    learner(tasks).backward()
+    assert model.head.bias.grad is None
+    assert model.head.weight.grad.any()
+    meta, context = learner._meta(), {"x": tasks.context_x[0], "y": tasks.context_y[0]}
+    context, _ = learner.seen(meta, context, context)
+    before = learner.first(meta, context)
+    after = learner.adapted(meta, before, context, [0])
+    assert {"layers.4.weight", "weight"} & set(after)  # ANIL's are by their names in the head
+    assert not {"layers.4.bias", "bias"} & set(after)
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+
+
 def test_a_frozen_weight_is_given_no_gradient():
     frozen, free = (nn.Parameter(torch.ones(2), requires_grad=grad) for grad in (False, True))
     given = [torch.ones(2), torch.ones(2)]

@@ -19,10 +19,14 @@ from torch.nn import functional as F
 
 from metabatch_cli.batching import PaddedTask, Task, pack, pad
 from metabatch_cli.batching.task import tree_map
+from metabatch_cli.learners.anil import ANIL
 from metabatch_cli.learners.at_once import treats_points_apart
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.learners.maml import MAML
+from metabatch_cli.learners.mamlpp import MAMLPlusPlus
+from metabatch_cli.learners.metasgd import MetaSGD
 from metabatch_cli.learners.neural_process import NeuralProcess
+from metabatch_cli.learners.protomaml import ProtoMAML
 from metabatch_cli.learners.protonet import ProtoNet
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.masking import blank, masked_mean, mean_loss, mean_over_tasks
@@ -146,6 +150,13 @@ CASES: dict[str, tuple[Callable[[], Learner], Callable[[], list[Task]]]] = {
     "maml, classes": (maml(plain_mlp(2), ways=4), points),
     "maml, images": (maml(conv("none", 4), ways=4), episodes),
     "maml, images normalised": (maml(conv("transductive", 4), ways=4), episodes),
+    "metasgd": (lambda: MetaSGD(mlp(2), inner_lr=0.1, inner_steps=2), functions),
+    "metasgd, images": (lambda: MetaSGD(conv("batch", 4), 4, inner_lr=0.1), episodes),
+    "mamlpp": (lambda: MAMLPlusPlus(mlp(2), inner_steps=2), functions),
+    "mamlpp, images": (lambda: MAMLPlusPlus(conv("batch", 4), 4, inner_steps=2), episodes),
+    "anil": (lambda: ANIL(mlp(2), inner_lr=0.1, inner_steps=2), functions),
+    "anil, images": (lambda: ANIL(conv("batch", 4), 4, inner_lr=0.1), episodes),
+    "protomaml": (lambda: ProtoMAML(conv("batch"), 4, inner_steps=2), episodes),
     "protonet, mlp": (lambda: ProtoNet(plain_mlp(2)), points),
     "protonet, conv4": (lambda: ProtoNet(conv("batch")), episodes),
     "protonet, conv4 transductive": (lambda: ProtoNet(conv("transductive")), episodes),
