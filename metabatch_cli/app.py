@@ -50,6 +50,18 @@ USAGE_ERROR = 2
 
 def main() -> None:
     """The console script `metabatch`."""
+    try:
+        try:
+            dispatch()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `metabatch ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def dispatch() -> None:
+    """What the words of the command line ask for."""
     program, *words = sys.argv
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -90,9 +102,8 @@ def run(name: str, words: list[str], debug: bool) -> None:
     except KeyboardInterrupt:
         print("\nmetabatch: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `metabatch ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         from metabatch_cli.config.errors import explain
 

@@ -165,18 +165,7 @@ def check_component(key: str, node: Any, provided: Iterable[str] = ()) -> dict[s
     if is_taskset(target):
         provided = PROVIDED["taskset"].union(provided)
     given = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = [
-        name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    unknown = [name for name in given if name not in names]
-    if unknown and not takes_any:
-        raise ConfigError(
-            f"{key}.{unknown[0]}",
-            f"{target.__name__} has no such argument",
-            allowed=[name for name in names if name not in provided or name in FROM_SPEC],
-            wrong_name=unknown[0],
-        )
+    names = _check_names(key, target, given, provided)
     for name in names:
         required = parameters[name].default is inspect.Parameter.empty
         if required and name not in given and name not in provided:
@@ -186,6 +175,38 @@ def check_component(key: str, node: Any, provided: Iterable[str] = ()) -> dict[s
     for name, value in given.items():
         checked[name] = _check_value(f"{key}.{name}", value, hints.get(name, Any))
     return checked
+
+
+def check_all_names(config: Mapping[str, Any]) -> None:
+    """Check that the components of a configuration, resolved or not, have the arguments given.
+
+    Raises:
+        ConfigError: an unknown argument.
+    """
+    for section in COMPONENTS:
+        node = config.get(section)
+        if isinstance(node, Mapping) and node.get("_target_"):
+            target = locate(f"{section}._target_", str(node["_target_"]))
+            given = [name for name in node if name not in _HYDRA_KEYS]
+            _check_names(section, target, given, PROVIDED[section])
+
+
+def _check_names(
+    key: str, target: Callable[..., Any], given: Iterable[str], provided: Iterable[str]
+) -> list[str]:
+    """The names of a target's arguments, after a look at whether what is given is among them."""
+    parameters = _parameters(target).items()
+    names = [name for name, p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for _, p in parameters)
+    unknown = next((name for name in given if name not in names), None)
+    if unknown is not None and not takes_any:
+        raise ConfigError(
+            f"{key}.{unknown}",
+            f"{target.__name__} has no such argument",
+            allowed=[name for name in names if name not in provided or name in FROM_SPEC],
+            wrong_name=unknown,
+        )
+    return names
 
 
 def locate(key: str, path: str) -> Any:

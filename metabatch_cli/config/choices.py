@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from metabatch_cli.batching.auto import cores
+from metabatch_cli.config.check import check_all_names
 from metabatch_cli.config.errors import ConfigError
 
 
@@ -49,7 +51,12 @@ def resolve(
             if not fall_back:
                 raise
             OmegaConf.update(config, "loader.device", "cpu")
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except InterpolationResolutionError:
+        # it may be that of an argument which another class had, and this one's has not
+        check_all_names(cast(Mapping[str, Any], OmegaConf.to_container(config)))
+        raise
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -62,6 +69,12 @@ def default_data_dir() -> str:
     return str(
         Path(given).resolve() if given else platformdirs.user_cache_path("metabatch") / "data"
     )
+
+
+def default_threads() -> int:
+    """`$OMP_NUM_THREADS`, which launchers of several jobs a machine set, else a thread a core."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(given) if given.isdigit() and int(given) > 0 else cores()
 
 
 def check_device(device: Any) -> None:
@@ -98,7 +111,7 @@ CHOICES: dict[str, Callable[[DictConfig], Any]] = {
     "data_dir": lambda config: default_data_dir(),
     "loader.device": _choose_device,
     "loader.pin_memory": _choose_pinning,
-    "trainer.threads": lambda config: cores(),
+    "trainer.threads": lambda config: default_threads(),
 }
 
 

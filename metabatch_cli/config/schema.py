@@ -120,7 +120,7 @@ class TrainerConfig:
     long enough to earn that back, of learners that gain by it."""
 
     threads: Count | Auto = "auto"
-    """CPU threads of the training process; auto: one for each core at hand."""
+    """CPU threads of the training process; auto: $OMP_NUM_THREADS, else one for each core."""
 
     monitor: str | None = None
     """The validation metric that picks best.pt; null: the learner's own."""

@@ -37,6 +37,23 @@ def test_every_verb_has_a_help_of_its_own(tmp_path, verb):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [["--help"], ["ls"], ["eval", "--help"], ["resume", "--help"]])
+def test_a_reader_that_leaves_is_no_error(tmp_path, words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [SCRIPT, *words],
+        cwd=tmp_path,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
+
+
 def test_the_version_is_the_packages(tmp_path):
     said = metabatch("--version", cwd=tmp_path).stdout
     assert said == f"metabatch {metabatch_cli.__version__}\n"

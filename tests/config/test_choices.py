@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from metabatch_cli.batching.auto import cores
 from metabatch_cli.config.choices import CHOICES, check_device, default_data_dir, resolve
 from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import ConfigError
@@ -49,7 +50,8 @@ def test_without_a_gpu_everything_is_on_the_cpu_and_nothing_is_pinned():
     assert plain["loader"]["pin_memory"] is False
 
 
-def test_threads_are_the_cores_that_this_process_may_use():
+def test_threads_are_the_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert resolve(compose(*BASE))["trainer"]["threads"] == len(os.sched_getaffinity(0))
 
 
@@ -125,3 +127,11 @@ def test_the_data_folder_is_the_environments_else_the_caches(monkeypatch, tmp_pa
     monkeypatch.delenv("METABATCH_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert Path(default_data_dir()).is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [("3", 3), ("5,2", 5), ("", None), ("0", None), ("many", None)]
+)
+def test_threads_are_those_that_a_launcher_sets_else_one_a_core(monkeypatch, given, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert resolve(compose(*BASE))["trainer"]["threads"] == (threads or cores())

@@ -138,6 +138,11 @@ def test_an_interpolation_that_leads_nowhere_is_named(word):
     assert "nope" in text or "NO_SUCH_VARIABLE" in text
 
 
+def test_an_argument_of_another_learner_is_named_rather_than_what_it_leads_to():
+    text = said("+experiment=maml_omniglot", "learner=r2d2")
+    assert text.startswith("learner.inner_lr: R2D2 has no such argument")
+
+
 def test_a_mandatory_value_that_is_missing_is_named():
     text = said("taskset=image_folder_episodes", "model=conv4", "learner=protonet")
     assert text.startswith("taskset.dataset.root")
