@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from metabatch_cli.models.masking import are_counts
+
 IN_CACHE = 1 << 20  # logits
 BOUND = 1e-15  # of sums of exponentials
 
@@ -28,30 +30,40 @@ def attend(
 
     Args:
         query: `[tasks, n_query, width]`.
-        key, value: `[tasks, n_key, width]`; `n_key` may be 0.
+        key: `[tasks, n_key, width]`; `n_key` may be 0.
+        value: `[tasks, n_key, width]`, or several with the same keys, `[samples, tasks, n_key,
+            width]`.
         heads: the parts that the width is cut into.
         mask: bool `[tasks, n_key]`, True where a key is real, or `[tasks, n_query, n_key]` (tasks
-            may be 1), True where the query sees the key; None if everybody sees everything.
+            may be 1), True where the query sees the key; None if everybody sees everything. Or
+            counts (see models/masking.py) `[samples, tasks, n_key]`.
         scale: of the logits; None for `1/√(width of a head)`.
 
     Returns:
-        `[tasks, n_query, width]`.
+        `[tasks, n_query, width]`, of samples `[samples, tasks, n_query, width]`.
     """
+    if are_counts(mask) and mask.dim() == 3:
+        # a softmax for each sample, as if each were tasks of its own
+        query, key = query.repeat(len(mask), 1, 1), key.repeat(len(mask), 1, 1)
+        value = value.flatten(0, 1) if value.dim() == 4 else value.repeat(len(mask), 1, 1)
+        attended = attend(query, key, value, heads, mask.flatten(0, 1), scale)
+        return attended.unflatten(0, mask.shape[:2])
     if not key.shape[1]:
-        return query.new_zeros(query.shape)
+        return query.new_zeros(*value.shape[:-2], *query.shape[1:])
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, :]
     seen = None if mask is None else mask.any(dim=-1, keepdim=True)
     if mask is not None and seen is not None:
-        mask = (mask | ~seen)[:, None]  # a row without any key has no softmax
+        mask = mask.masked_fill(~seen, 1)[:, None]  # a row without any key has no softmax
     few = 0 < query.shape[:2].numel() * heads * key.shape[1] <= IN_CACHE
     if few and query.device.type == "cpu" and not torch.compiler.is_compiling():
         scale = 1 / math.sqrt(query.shape[2] // heads) if scale is None else scale
         attended = _AttentionInCache.apply(query, key, value, heads, scale, mask)
     else:
-        query, key, value = (_by_head(part, heads) for part in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        attended = attended.transpose(1, 2).flatten(2)
+        mask = mask.log() if are_counts(mask) else mask
+        of_heads = _by_head(query, heads), _by_head(key, heads), _by_head(value, heads)
+        attended = F.scaled_dot_product_attention(*of_heads, attn_mask=mask, scale=scale)
+        attended = _side_by_side(attended, value.shape)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
@@ -77,6 +89,7 @@ class _AttentionInCache(torch.autograd.Function):
         scale: float,
         mask: Tensor | None,
     ) -> Tensor:
+        ctx.shapes = [part.shape for part in (query, key, value)]
         query, key, value = (_by_head(part, heads).flatten(0, 1) for part in (query, key, value))
         weights = torch.bmm(key, query.mT).mul_(scale).exp_()
         if mask is not None:
@@ -88,11 +101,12 @@ class _AttentionInCache(torch.autograd.Function):
         else:  # or not a number
             logits = torch.bmm(key, query.mT).mul_(scale)
             if mask is not None:
-                logits.unflatten(0, (-1, heads)).masked_fill_(~mask.mT, -math.inf)
+                logits.unflatten(0, (-1, heads)).add_(mask.mT.to(logits.dtype).log())
             weights = logits.softmax(dim=1)
         ctx.save_for_backward(query, key, value, weights)
         ctx.heads, ctx.scale = heads, scale
-        return _side_by_side(torch.bmm(weights.mT, value), heads)
+        attended = torch.bmm(weights.mT, value).unflatten(0, (-1, heads))
+        return _side_by_side(attended, ctx.shapes[2])
 
     @staticmethod
     @once_differentiable
@@ -108,17 +122,27 @@ class _AttentionInCache(torch.autograd.Function):
             torch.bmm(of_logits, query),
             torch.bmm(weights, gradient),
         )
-        return *(_side_by_side(part, ctx.heads) for part in of_parts), None, None, None
+        of_heads = (part.unflatten(0, (-1, ctx.heads)) for part in of_parts)
+        gradients = map(_side_by_side, of_heads, ctx.shapes)
+        return *gradients, None, None, None
 
 
 def _by_head(part: Tensor, heads: int) -> Tensor:
-    """`[tasks, n, width]` → `[tasks, heads, n, width / heads]`."""
-    return part.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """`[tasks, n, width]` → `[tasks, heads, n, width / heads]`.
+
+    Samples `[samples, tasks, n, width]` side by side, `[tasks, heads, n, samples · width / heads]`.
+    """
+    part = part.unflatten(-1, (heads, -1))
+    if part.dim() == 4:
+        return part.transpose(1, 2)
+    return part.permute(1, 3, 2, 0, 4).flatten(3)
 
 
-def _side_by_side(part: Tensor, heads: int) -> Tensor:
-    """`[tasks · heads, n, width / heads]` → `[tasks, n, width]`."""
-    return part.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+def _side_by_side(part: Tensor, shape: torch.Size) -> Tensor:
+    """What `_by_head` made of a tensor of a shape, put together again; n may be another one."""
+    if len(shape) == 3:
+        return part.transpose(1, 2).flatten(2)
+    return part.unflatten(3, (shape[0], -1)).permute(3, 0, 2, 1, 4).flatten(3)
 
 
 def begin_as_torchs(of_query: nn.Linear, of_seen: nn.Linear, out: nn.Linear) -> None:
@@ -161,12 +185,17 @@ class AttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def between(self, points: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
-        """Self-attention: `points [tasks, n, width]` look at each other.
+        """Self-attention: `points [tasks, n, width]` look at each other, each sample's of
+        `[samples, tasks, n, width]` apart.
 
         Args:
+            mask: as of `attend`; with counts, what comes is of every sample.
             first: so many points at the beginning also look at each other only; what comes of
                 them is put before the rest, `[tasks, first + n, width]`.
         """
+        if points.dim() == 4:
+            mask = None if mask is None else mask.repeat(len(points), 1)
+            return self.between(points.flatten(0, 1), mask).unflatten(0, points.shape[:2])
         # one product for all three is faster than three
         weights = [part.weight for part in (self.of_query, self.of_key, self.of_value)]
         query, key, value = F.linear(points, torch.cat(weights)).chunk(3, dim=-1)
@@ -187,7 +216,8 @@ class AttentionBlock(nn.Module):
         mask: Tensor | None = None,
         before: nn.Linear | None = None,
     ) -> Tensor:
-        """`query [tasks, n_query, width]`, `key`, `value [tasks, n_key, width]` → as `query`.
+        """`query [tasks, n_query, width]`, `key`, `value [tasks, n_key, width]` → as `query`;
+        of samples of values, or by counts, as `attend`.
 
         Args:
             before: a linear layer that queries and keys have still to go through; it is merged
@@ -204,5 +234,5 @@ class AttentionBlock(nn.Module):
         return self._finished(query, attend(query, key, value, self.heads, mask, self.scale))
 
     def _finished(self, query: Tensor, attended: Tensor) -> Tensor:
-        hidden = self.norm1((query + attended).flatten(0, 1))  # all points as rows of one matrix
-        return self.norm2(hidden + self.out(hidden).relu_()).unflatten(0, query.shape[:2])
+        hidden = self.norm1((query + attended).flatten(0, -2))  # all points as rows of one matrix
+        return self.norm2(hidden + self.out(hidden).relu_()).unflatten(0, attended.shape[:-1])

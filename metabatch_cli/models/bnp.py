@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.encoders import Decoder
-from metabatch_cli.models.masking import masked_mean
+from metabatch_cli.models.masking import mean_of_points
 from metabatch_cli.models.predictive import Paths
 
 
@@ -58,29 +58,30 @@ class Bootstrapping(nn.Module):
         target_mask: Tensor | None = None,
     ) -> tuple[Independent, Paths]:
         """The prediction without bootstrap, batch `[tasks, n_target]`, and the one with it."""
-        codes = self.encode(context_x, context_y, target_x, context_mask)
         again = self._resampled(context_x, context_y, samples, context_mask)
-        x, mask = _repeated(context_x, samples), _repeated(context_mask, samples)
-        of_samples = self.encode(x, again, _repeated(target_x, samples), mask)
+        together = torch.cat([context_y[None], again])
+        codes = self.encode(context_x, together, target_x, context_mask)
+        of_context, of_samples = zip(*(code.split([1, samples]) for code in codes), strict=True)
         weights = self.of_bootstrap.weight.split(self.sizes, dim=1)
         parts = [F.linear(code, own) for code, own in zip(of_samples, weights, strict=True)]
-        more = sum(parts[1:], parts[0]).unflatten(0, (samples, -1))
-        paths = self.decode(codes, target_x, more)
-        return self.decode(codes, target_x), Paths(paths, target_mask)
+        own = [code[0] for code in of_context]
+        paths = self.decode(own, target_x, sum(parts[1:], parts[0]))
+        return self.decode(own, target_x), Paths(paths, target_mask)
 
     @torch.no_grad()
     def _resampled(self, x: Tensor, y: Tensor, samples: int, mask: Tensor | None) -> Tensor:
-        """Another y `[samples · tasks, points, dim_y]` for every context point."""
-        x, y, mask = _repeated(x, samples), _repeated(y, samples), _repeated(mask, samples)
+        """Another y `[samples, tasks, points, dim_y]` for every context point."""
         if not x.shape[1]:
-            return y
-        chosen, again = _with_replacement(x, mask)
+            return y.expand(samples, *y.shape)
+        chosen, again = _with_replacement(x, samples, mask)
         # as many points are drawn as are real
-        codes = self.encode(_at(x, chosen), _at(y, chosen), x, mask)
-        prediction = self.decode(codes, x)
+        drawn = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+        counts = x.new_zeros(chosen.shape).scatter_add_(2, chosen, drawn.expand(chosen.shape))
+        prediction = self.decode(self.encode(x, y, x, counts), x)
         mean, sigma = prediction.mean, prediction.stddev
-        residuals = _at((y - mean) / sigma, again)
-        residuals = residuals - masked_mean(residuals, mask)[:, None]
+        residuals = (y - mean) / sigma
+        residuals = residuals.gather(2, again[..., None].expand(residuals.shape))
+        residuals = residuals - mean_of_points(residuals, mask)[:, :, None]
         return mean + sigma * residuals
 
 
@@ -88,31 +89,17 @@ class BNP(Bootstrapping, CNP):  # type: ignore[misc]  # a joint prediction
     """A bootstrapping neural process around a `CNP`, whose arguments it has."""
 
 
-Part = TypeVar("Part", Tensor, Tensor | None)
-
-
-def _repeated(part: Part, samples: int) -> Part:
-    """`[tasks, …]` → `[samples · tasks, …]`."""
-    return part if part is None else part.repeat(samples, *[1] * (part.dim() - 1))
-
-
-def _with_replacement(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two draws of as many points as there are, all real: their numbers, `[tasks, points]`."""
+def _with_replacement(x: Tensor, samples: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two draws of as many points as there are, all real: numbers `[samples, tasks, points]`."""
     n_tasks, n_points, _ = x.shape
+    shape = samples, n_tasks, n_points
     if mask is None:
-        one, other = (
-            torch.randint(n_points, (n_tasks, n_points), device=x.device) for _ in range(2)
-        )
+        one, other = (torch.randint(n_points, shape, device=x.device) for _ in range(2))
         return one, other
     # point after point: those of a longer padding are drawn after all others
-    drawn = torch.rand(n_points, 2, n_tasks, device=x.device).permute(1, 2, 0)
+    drawn = torch.rand(n_points, 2, samples, n_tasks, device=x.device).permute(1, 2, 3, 0)
     count = mask.sum(dim=1)[:, None]
     place = (drawn * count).long().minimum((count - 1).clamp(min=0))
     real_first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    one, other = (real_first.gather(1, places) for places in place)
+    one, other = (real_first.expand(shape).gather(2, places) for places in place)
     return one, other
-
-
-def _at(values: Tensor, chosen: Tensor) -> Tensor:
-    """The points of `values [tasks, points, dim]` that `chosen [tasks, points]` names."""
-    return values.gather(1, chosen[:, :, None].expand(-1, -1, values.shape[2]))

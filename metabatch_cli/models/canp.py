@@ -65,5 +65,5 @@ class CANP(CNP):
     ) -> list[Tensor]:
         return [
             self.attentive(context_x, context_y, target_x, mask),
-            self.pooling(context_x, context_y, mask)[:, None],
+            self.pooling(context_x, context_y, mask).unsqueeze(-2),
         ]

@@ -82,8 +82,12 @@ class CNP(nn.Module):
     def encode(
         self, context_x: Tensor, context_y: Tensor, target_x: Tensor, mask: Tensor | None = None
     ) -> list[Tensor]:
-        """What the context says: codes `[tasks, n_target or 1, width]`."""
-        return [encoder(context_x, context_y, mask)[:, None] for encoder in self.encoders]
+        """What the context says: codes `[tasks, n_target or 1, width]`.
+
+        With samples of `context_y [samples, tasks, n_context, dim_y]`, or counts of samples for a
+        mask (see models/masking.py), `[samples, tasks, n_target or 1, width]`.
+        """
+        return [encoder(context_x, context_y, mask).unsqueeze(-2) for encoder in self.encoders]
 
     def decode(
         self, codes: list[Tensor], target_x: Tensor, more: Tensor | None = None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabatch_cli.models.attention import AttentionBlock
-from metabatch_cli.models.masking import masked_mean
+from metabatch_cli.models.masking import mean_of_points
 from metabatch_cli.models.mlp import ACTIVATIONS, Activation, layers
 
 
@@ -50,8 +50,13 @@ class PoolingEncoder(nn.Module):
         self.post = layers([width] * post_depth + [dim_out or width], activation)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Points `x [tasks, points, dim_x]`, `y` → their code `[tasks, dim_out]`."""
-        return self._code(_mean(self._encoded(x, y, mask), mask))
+        """Points `x [tasks, points, dim_x]`, `y [(samples,) tasks, points, dim_y]` → their code
+        `[(samples,) tasks, dim_out]`.
+
+        Args:
+            mask: bool `[tasks, points]`, or counts of samples (see models/masking.py).
+        """
+        return self._code(mean_of_points(self._encoded(x, y, mask), mask))
 
     def nested(self, x: Tensor, y: Tensor, mask: Tensor | None, first: int) -> Tensor:
         """Codes `[2, tasks, dim_out]` of the `first` points, and of all.
@@ -60,10 +65,11 @@ class PoolingEncoder(nn.Module):
         """
         hidden = self._encoded(x, y, mask, first)
         own = hidden[:, :first], None if mask is None else mask[:, :first]
-        return self._code(torch.stack([_mean(*own), _mean(hidden[:, -x.shape[1] :], mask)]))
+        everything = hidden[:, -x.shape[1] :], mask
+        return self._code(torch.stack([mean_of_points(*own), mean_of_points(*everything)]))
 
     def _encoded(self, x: Tensor, y: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
-        points = torch.cat([x, y], dim=-1)
+        points = _pairs(x, y)
         if self.attention is None:
             return self.points(points, stop=-1)
         return self.attention.between(self.activation(self.points(points)), mask, first)
@@ -111,8 +117,12 @@ class CrossAttentionEncoder(nn.Module):
         self, context_x: Tensor, context_y: Tensor, target_x: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Context `[tasks, n_context, …]`, `target_x [tasks, n_target, dim_x]` →
-        `[tasks, n_target, width]`."""
-        values = self.of_points(torch.cat([context_x, context_y], dim=-1))
+        `[tasks, n_target, width]`.
+
+        With samples of `context_y [samples, tasks, n_context, dim_y]`, or counts for a mask (see
+        models/masking.py), `[samples, tasks, n_target, width]`.
+        """
+        values = self.of_points(_pairs(context_x, context_y))
         values = self.self_attention.between(values, mask)
         query, key = (self.of_x(x, stop=-1) for x in (target_x, context_x))
         return self.cross_attention(query, key, values, mask, before=self.of_x[-1])
@@ -172,8 +182,6 @@ def with_flag(x: Tensor, y: Tensor | None, dim_y: int) -> Tensor:
     return torch.cat([x, y, x.new_ones(*x.shape[:2], 1)], dim=-1)
 
 
-def _mean(points: Tensor, mask: Tensor | None) -> Tensor:
-    """Over the points, 0 over none."""
-    if not points.shape[1]:
-        return points.new_zeros(points.shape[0], points.shape[2])
-    return masked_mean(points, mask)
+def _pairs(x: Tensor, y: Tensor) -> Tensor:
+    """`[(samples,) tasks, points, dim_x + dim_y]`; x is the same in all samples of y."""
+    return torch.cat([x.expand(*y.shape[:-1], -1), y], dim=-1)

@@ -1,9 +1,15 @@
 """Padding that counts for nothing: means over real points, where a mask says which these are.
 
 Without a mask every point is real, and nothing is computed that would not be computed anyway.
+
+Where several samples of a task's points are asked for at once, drawn with replacement, the place of
+the mask is taken by *counts*: numbers `[samples, tasks, points]`, how often each point was drawn, 0
+for one that is not real. Points that were drawn often count as often, in means as in attention.
 """
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,6 +26,34 @@ def blank(values: Tensor, mask: Tensor | None) -> Tensor:
         mask: bool `[tasks, points]`, True where a point is real; None if all are.
     """
     return values if mask is None else values.masked_fill(~_aligned(mask, values), 0)
+
+
+def are_counts(mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a mask holds counts."""
+    return mask is not None and mask.dtype != torch.bool
+
+
+def mean_of_points(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the points of `values [(samples,) tasks, points, width]`; 0 over none.
+
+    Args:
+        mask: bool `[tasks, points]`, or counts; None if all points are real.
+
+    Returns:
+        `[(samples,) tasks, width]`, with samples if values or counts have them.
+    """
+    if not values.shape[-2]:
+        samples = mask.shape[:1] if are_counts(mask) else values.shape[:-3]
+        return values.new_zeros(*samples, values.shape[-3], values.shape[-1])
+    if mask is None:
+        return values.mean(dim=-2)
+    if are_counts(mask):
+        shares = mask / mask.sum(dim=2, keepdim=True).clamp(min=1)
+        if values.dim() == 4:
+            return (shares[:, :, None] @ values).squeeze(2)
+        return (shares.transpose(0, 1) @ values).transpose(0, 1)
+    rows = values.flatten(0, -3)
+    return masked_mean(rows, mask.repeat(len(rows) // len(mask), 1)).unflatten(0, values.shape[:-2])
 
 
 def joined_masks(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from metabatch_cli.models import attention
 from metabatch_cli.models.attention import attend
 
 TASKS, QUERIES, KEYS, WIDTH, HEADS = 3, 7, 5, 16, 4
@@ -55,3 +56,49 @@ def test_no_query_sees_nothing_and_one_key_is_all_there_is(n):
     query, key, value = inputs()
     seen = attend(query[:, :n], key[:, :1], value[:, :1], HEADS)
     torch.testing.assert_close(seen, value[:, :1].expand(-1, n, -1))
+
+
+@pytest.mark.parametrize("in_cache", [1 << 20, 0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_of_values_are_attended_to_as_each_by_itself(monkeypatch, in_cache, masked):
+    monkeypatch.setattr(attention, "IN_CACHE", in_cache)
+    query, key, value = inputs()
+    values = torch.stack([value, value.square(), -value])
+    mask = None
+    if masked:
+        mask = torch.rand(TASKS, KEYS) > 0.5
+        mask[0] = False  # a task without any key
+    together = attend(query, key, values, HEADS, mask)
+    alone = torch.stack([attend(query, key, one, HEADS, mask) for one in values])
+    torch.testing.assert_close(together, alone)
+    direction, parts = torch.randn_like(alone), (query, key, value)
+    together, alone = (
+        torch.autograd.grad(seen, parts, direction, retain_graph=True) for seen in (together, alone)
+    )
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize("in_cache", [1 << 20, 0])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_point_that_counts_twice_is_two_points(monkeypatch, in_cache, several, size):
+    monkeypatch.setattr(attention, "IN_CACHE", in_cache)
+    query, key, value = inputs(size)
+    drawn = torch.randint(KEYS, (2, TASKS, KEYS))
+    counts = F.one_hot(drawn, KEYS).sum(dim=2).to(query.dtype)
+    values = torch.stack([value, -value]) if several else value.expand(2, *value.shape)
+    by_counts = attend(query, key, values if several else value, HEADS, counts)
+    expected = [
+        attend(query, *(p.gather(1, one[..., None].expand(p.shape)) for p in (key, own)), HEADS)
+        for one, own in zip(drawn, values, strict=True)
+    ]
+    torch.testing.assert_close(by_counts, torch.stack(expected))
+
+
+def test_nothing_that_counts_is_attended_to_as_0():
+    query, key, value = inputs()
+    counts = torch.ones(2, TASKS, KEYS, dtype=query.dtype)
+    counts[1, 2] = 0
+    seen = attend(query, key, value, HEADS, counts)
+    assert not seen[1, 2].any()
+    torch.testing.assert_close(seen[0], attend(query, key, value, HEADS))

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metabatch_cli.batching import PaddedTask, Task
 from metabatch_cli.config.check import FROM_SPEC
@@ -245,6 +246,20 @@ def test_a_bootstrap_draws_as_many_points_as_are_real_whatever_the_padding(
         alone, together = likelihoods(network, padded(batch, length, 0, fill=1.0, seed=length))
         found.append([alone, together, *gradients(network, alone.sum() + together.sum())])
     assert_same(*found)
+
+
+@pytest.mark.parametrize("name", [n for n, example in MODELS.items() if example.draws == "points"])
+@given(st.integers(1, 4), seeds)
+def test_a_bootstrap_is_the_encoding_of_the_points_that_were_drawn(name, n_context, seed):
+    batch, network = points(name, n_context=n_context, seed=seed), model(name)
+    x, y = batch.context_x, batch.context_y
+    drawn = torch.randint(n_context, (2, len(x), n_context))
+    counts = F.one_hot(drawn, n_context).sum(dim=2).to(x.dtype)
+    by_counts = network.encode(x, y, batch.target_x, counts)
+    for sample, chosen in enumerate(drawn):
+        own = (part.gather(1, chosen[..., None].expand(part.shape)) for part in (x, y))
+        expected = network.encode(*own, batch.target_x)
+        assert_same([code[sample] for code in by_counts], expected)
 
 
 @given(sizes, st.integers(1, 3), seeds)
