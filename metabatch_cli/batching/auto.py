@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+JOBS = "METABATCH_JOBS"  # how many jobs share the machine
+
 _ENOUGH = 0.2  # seconds of measuring
 _FEWEST, _MOST = 3, 20  # measurements
 _WAITING = 0.03  # part of a step that waiting for tasks may take before workers pay
@@ -61,10 +63,11 @@ def choose_workers(
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores that this process may use: of `$METABATCH_JOBS` jobs at a time, each its share."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    here = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    jobs = os.environ.get(JOBS, "")
+    return max(here // int(jobs), 1) if jobs.isdigit() and int(jobs) else here
 
 
 def measure(action: Callable[[], object]) -> float:

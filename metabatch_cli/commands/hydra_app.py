@@ -42,7 +42,13 @@ def launch(
         words: the command line, if not as it stands in `sys.argv`.
     """
     import hydra
+    from hydra.core.plugins import Plugins
 
+    Plugins.instance()  # which makes the classes of Hydra's own plugins anew: only then
+    from metabatch_cli.sweeps import sweeper
+
+    sweeper.register()
+    register_resolvers()
     if words is not None:
         options, overrides = sorted_out(words)
         sys.argv = [program, *options, *debug_last(overrides)]
@@ -50,11 +56,20 @@ def launch(
     hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
 
 
+def register_resolvers() -> None:
+    """What configurations ask for by `${jobs_at_once:}`."""
+    from omegaconf import OmegaConf
+
+    from metabatch_cli.sweeps.beside import jobs_at_once
+
+    OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
+
+
 def nowhere() -> list[str]:
     """Overrides by which an application leaves no directory: Hydra's are temporary ones."""
     scratch = tempfile.mkdtemp(prefix="metabatch-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+    return [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}", "hydra/sweeper=basic"]
 
 
 def complete_line(config_name: str, module: str, typed: list[str]) -> None:
@@ -89,6 +104,10 @@ class _Job:
         self.module = module
         self.__name__ = self.__qualname__ = "job"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        register_resolvers()  # in a launcher's process
+
     def __call__(self, config: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
@@ -96,12 +115,17 @@ class _Job:
         logging.getLogger("metabatch").propagate = False  # Hydra's handlers would say it twice
         job: Callable[[Any], Any] = import_module(self.module).job
         debug = "METABATCH_DEBUG" in os.environ
-        if debug or HydraConfig.get().mode == RunMode.MULTIRUN:
+        if debug:
             return job(config)
         try:
             return job(config)
         except Exception as error:  # here and not in the app: Hydra would print a line of its own
             from metabatch_cli.config.errors import explain
 
-            print(f"metabatch: {explain(error)}", file=sys.stderr)
+            hydra = HydraConfig.get()
+            of_several = hydra.mode == RunMode.MULTIRUN
+            name = f"{Path(hydra.runtime.output_dir).name}: " if of_several else ""
+            print(f"metabatch: {name}{explain(error)}", file=sys.stderr, flush=True)
+            if of_several:  # the sweeper goes on, and knows
+                raise
             sys.exit(1)

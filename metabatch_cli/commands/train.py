@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,13 +20,19 @@ def main(words: list[str]) -> None:
 def job(config: DictConfig) -> float | None:
     """One training; returns the monitored validation score, for sweepers."""
     from hydra.core.hydra_config import HydraConfig
-
-    from metabatch_cli.engine.run import train
+    from hydra.types import RunMode
 
     hydra = HydraConfig.get()
-    directory = Path(hydra.runtime.output_dir)
+    directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    train = _one_of_several if hydra.mode == RunMode.MULTIRUN else _alone
+    return train(config, directory, overrides).get("monitor", {}).get("best")
+
+
+def _alone(config: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
+    from metabatch_cli.engine.run import train
+
     try:
-        result = train(config, directory, overrides=list(hydra.overrides.task))
+        return train(config, directory, overrides=overrides)
     except BaseException:
         # Hydra made it and the folders above; where nothing came of it, they shall not stay
         with contextlib.suppress(OSError):
@@ -35,4 +41,26 @@ def job(config: DictConfig) -> float | None:
                     break
                 folder.rmdir()
         raise
-    return result.get("monitor", {}).get("best")
+
+
+def _one_of_several(config: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
+    """A job of a sweep: it is told of in the sweep's table, whatever becomes of it."""
+    from metabatch_cli.config.errors import explain
+    from metabatch_cli.engine.run import train
+    from metabatch_cli.engine.run_directory import RunDirectory
+    from metabatch_cli.report.console import Reporter, silent
+    from metabatch_cli.sweeps.beside import ending_with_the_sweep, is_beside_others, wait_for
+    from metabatch_cli.sweeps.jobs import record_failure
+
+    beside = is_beside_others()
+    reporter = Reporter(silent() if beside else None)
+    with ending_with_the_sweep() if beside else contextlib.nullcontext():
+        wait_for(RunDirectory(directory))
+        try:
+            result = train(config, directory, overrides=overrides, reporter=reporter)
+        except Exception as error:
+            record_failure(directory, overrides, explain(error))
+            raise
+    if beside:
+        print(f"completed   {directory.name}", flush=True)
+    return result

@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 from metabatch_cli.batching.auto import cores
 from metabatch_cli.config.check import check_all_names
 from metabatch_cli.config.errors import ConfigError
+from metabatch_cli.sweeps.beside import own_device
 
 
 def resolve(
@@ -97,7 +98,7 @@ def check_device(device: Any) -> None:
 def _choose_device(config: DictConfig) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return own_device(torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
 
 
 def _choose_pinning(config: DictConfig) -> bool:

@@ -104,6 +104,11 @@ def _hydra_message(error: BaseException) -> UserError:
         found = re.search(r"Could not find '([^']+)'", text)
         if found and error.options:
             group, _, name = found.group(1).rpartition("/")
+            if group == "hydra/launcher":
+                return UserError(
+                    f"{group}={name}: its plugin is not installed\n"
+                    "  it comes with: pip install 'metabatch-cli[sweep]'"
+                )
             return ConfigError(
                 group or "configuration",
                 f"there is no {group or 'configuration'} of that name",
@@ -158,6 +163,7 @@ def _unknown_override(text: str, words: Sequence[str], config_name: str) -> str 
     if typed and (config_dir() / key).is_dir():
         return f"{typed}: nothing of this group is chosen yet\n  did you mean '+{typed}'?"
     rest = [w for w in words if "=" in w and not w.startswith("-") and key not in w.split("=")[0]]
+    rest = [re.sub(r"=([^,'\"[{(]+),.*", r"=\1", w) for w in rest]  # of a sweep the first values
     try:
         run = next((w.partition("=")[2] for w in words if w.startswith("run=")), None)
         if run is None:

@@ -86,6 +86,21 @@ def train(
             return _train(run, parts, reporter)
 
 
+def is_completed(config: DictConfig, directory: str | Path) -> bool:
+    """Whether a directory holds this training's run, and it has nothing left to do.
+
+    Raises:
+        UserError: a completed run of another configuration.
+    """
+    run = RunDirectory(directory)
+    if not run.holds_run or OmegaConf.select(config, "fresh") or status_of(run) != "completed":
+        return False
+    saved = run.read_config()
+    plain = choices.resolve(config, saved)
+    plain["fresh"] = False
+    return has_nothing_to_do(run, saved, plain, check(plain))
+
+
 def _train(run: RunDirectory, parts: Parts, reporter: Reporter) -> dict[str, Any]:
     config = parts.config
     loggers: list[Logger] = [JsonlLogger(run.path)]

@@ -8,7 +8,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,11 @@ class RunDirectory:
         """Write the resolved configuration, and what was typed to get it."""
         write_text(self.config_file, yaml.safe_dump(dict(config), sort_keys=False, width=100))
         if overrides is not None:
-            write_text(self.overrides_file, yaml.safe_dump(list(overrides)))
+            self.write_overrides(overrides)
+
+    def write_overrides(self, overrides: Iterable[str]) -> None:
+        """Write what was typed."""
+        write_text(self.overrides_file, yaml.safe_dump(list(overrides)))
 
     def read_result(self) -> dict[str, Any]:
         """`result.json`; empty where there is none yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ def make_console() -> Console:
     if not console.is_terminal:
         console = Console(highlight=False, width=max(console.width, 160))
     return console
+
+
+def silent() -> Console:
+    """A console that nobody sees."""
+    return Console(file=open(os.devnull, "w"), highlight=False, width=160)
 
 
 class Reporter:

@@ -281,9 +281,9 @@ def read_run(path: Path) -> RunRecord:
     run = RunDirectory(path)
     in_use = run.in_use  # asked first: a run that ends now must not be taken for a killed one
     try:
-        config = run.read_config()
         result = _read_json(run.result_file)
         typed = _read_typed(run.overrides_file)
+        config = run.read_config() if run.holds_run else {}
     except (UserError, OSError, ValueError, yaml.YAMLError) as error:
         return RunRecord(path, "unreadable", error=str(error).splitlines()[0])
     status = result.get("status", "not begun")
@@ -292,15 +292,25 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(
         directory=path,
         status=status,
-        seed=config.get("seed"),
+        seed=config.get("seed", _number(typed.get("seed"))),
         step=result.get("step"),
         seconds=result.get("seconds"),
         error=result.get("error"),
-        config=_with_defaults(flatten(config)),
+        # a sweep's job that failed before it had a configuration has what was typed
+        config=_with_defaults(flatten(config)) if config else _read_values(typed),
         typed=typed,
         metrics=result.get("metrics") or {},
         monitor=(result.get("monitor") or {}).get("metric", "").partition("/")[2] or None,
     )
+
+
+def _read_values(typed: Mapping[str, str]) -> dict[str, Any]:
+    """The values of overrides as a configuration has them."""
+    return {key: yaml.safe_load(value) for key, value in typed.items()}
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -326,7 +326,8 @@ def test_a_signal_ends_a_training_with_its_step_saved(tmp_path, signum, workers,
 def test_a_sweep_has_a_completed_run_for_each_pair_of_values(tmp_path):
     metabatch("train", "-m", *TINY, "seed=0,1", "model.decoder_depth=1,2", cwd=tmp_path)
     results = sorted(tmp_path.glob("multirun/*/*/*/result.json"))
-    assert [file.parent.name for file in results] == ["0", "1", "2", "3"]
+    names = [f"model.decoder_depth={depth},seed={seed}" for depth in (1, 2) for seed in (0, 1)]
+    assert [file.parent.name for file in results] == names
     found = [json.loads(file.read_text()) for file in results]
     assert all(entry["status"] == "completed" for entry in found)
     assert sorted(entry["seed"] for entry in found) == [0, 0, 1, 1]
@@ -343,8 +344,9 @@ def test_in_a_sweep_a_mistake_of_one_job_does_not_cost_the_others(tmp_path):
     done = metabatch("train", "-m", *TINY, "model.width=0,8", cwd=tmp_path, code=1)
     assert "model.width=0" in done.stderr
     assert "Traceback" not in done.stderr
-    (file,) = tmp_path.glob("multirun/*/*/*/result.json")
-    assert json.loads(file.read_text())["status"] == "completed"
+    failed, completed = sorted(tmp_path.glob("multirun/*/*/*/result.json"))
+    assert json.loads(completed.read_text())["status"] == "completed"
+    assert "model.width=0" in json.loads(failed.read_text())["error"]
 
 
 def test_checking_says_what_would_happen_and_leaves_nothing(tmp_path):

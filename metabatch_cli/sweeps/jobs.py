@@ -1,0 +1,65 @@
+"""A sweep's jobs: what their directories are called, which are there already, which never began.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from metabatch_cli.engine.run_directory import RunDirectory
+
+LONGEST = 180  # characters of a name; file systems allow 255 bytes
+
+# overrides that say how and where jobs run, not what they are
+_ELSEWHERE = ("fresh", "launcher", "logger", "hydra")
+
+
+def identity(overrides: Iterable[str]) -> frozenset[str]:
+    """What makes a job the same as another one: what was typed, in whatever order."""
+    return frozenset(word.lstrip("+") for word in overrides if not _is_elsewhere(word))
+
+
+def job_names(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """A name for the directory of each job, `model.width=8,seed=0`: what it has for itself.
+
+    Args:
+        jobs: the overrides of each, the same keys in the same order.
+    """
+    in_common = frozenset.intersection(*map(identity, jobs)) if jobs else frozenset()
+    own = [[w.lstrip("+") for w in job if w.lstrip("+") not in in_common] for job in jobs]
+    return [_as_file_name(",".join(w for w in words if not _is_elsewhere(w))) for words in own]
+
+
+def known_jobs(directory: Path) -> dict[frozenset[str], str]:
+    """The jobs that a sweep's directory holds, and the names of theirs."""
+    found = {}
+    for file in sorted(directory.glob("*/overrides.yaml")):
+        words = yaml.safe_load(file.read_text())
+        if isinstance(words, list):
+            found[identity(map(str, words))] = file.parent.name
+    return found
+
+
+def record_failure(directory: Path, overrides: Iterable[str], message: str) -> None:
+    """Leave a word of a job that failed before its run began; a run that is there stays."""
+    run = RunDirectory(directory)
+    if not run.holds_run:
+        run.write_overrides(overrides)
+        run.write_result(status="failed", step=0, seconds=0.0, error=message, metrics={})
+
+
+def _as_file_name(text: str) -> str:
+    name = re.sub(r"[^\w.=,+-]", "_", text) or "job"
+    if len(name) <= LONGEST and name in (text, "job"):
+        return name
+    return f"{name[: LONGEST - 13]}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
+def _is_elsewhere(word: str) -> bool:
+    return re.split(r"[./@=]", word.lstrip("+~"), maxsplit=1)[0] in _ELSEWHERE

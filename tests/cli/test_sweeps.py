@@ -1,0 +1,97 @@
+"""Sweeps: what is finished rests, what failed is named, and one that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.program import PATIENCE, SCRIPT, TINY, metabatch
+
+SWEEP = ("train", "-m", *TINY, "hydra.sweep.dir=sweep")
+
+
+def results(folder: Path) -> dict[str, dict]:
+    files = folder.glob("sweep/*/result.json")
+    return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+
+def untouched(folder: Path) -> dict[str, int]:
+    """When each completed job was last written to."""
+    done = [name for name, found in results(folder).items() if found["status"] == "completed"]
+    return {name: (folder / "sweep" / name / "result.json").stat().st_mtime_ns for name in done}
+
+
+def test_run_again_with_further_values_a_sweep_runs_those_only(tmp_path):
+    metabatch(*SWEEP, "seed=0,1", cwd=tmp_path)
+    before = untouched(tmp_path)
+    assert set(before) == {"seed=0", "seed=1"}
+    done = metabatch(*SWEEP, "seed=1,2", "model.width=8,16", cwd=tmp_path)
+    after = untouched(tmp_path)
+    new = {"model.width=8,seed=2", "model.width=16,seed=1", "model.width=16,seed=2"}
+    assert set(after) == set(before) | new  # width 8 and seed 1 is known by what was typed
+    assert all(after[name] == before[name] for name in before)
+    assert "runs of 2 configurations" in done.stdout
+
+
+def test_each_failure_is_told_with_its_reason_and_tried_once_more(tmp_path):
+    done = metabatch(*SWEEP, "model.width=0,8", "seed=0,nope", cwd=tmp_path, code=1)
+    found = results(tmp_path)
+    assert {name: entry["status"] for name, entry in found.items()} == {
+        "model.width=0,seed=0": "failed",
+        "model.width=8,seed=0": "completed",
+        "model.width=0,seed=nope": "failed",
+        "model.width=8,seed=nope": "failed",
+    }
+    for name, entry in found.items():
+        if entry["status"] == "failed":
+            assert f"failed      sweep/{name}" in done.stdout
+            assert f"metabatch: {name}: " in done.stderr
+    assert "model.width=0" in found["model.width=0,seed=0"]["error"]
+    assert "Traceback" not in done.stdout + done.stderr
+    before = untouched(tmp_path)
+    metabatch(*SWEEP, "model.width=0,8", "seed=0", cwd=tmp_path, code=1)
+    assert untouched(tmp_path) == before
+
+
+def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
+    done = metabatch(*SWEEP, "taskset=sine,sawtoth", cwd=tmp_path, code=1)
+    found = results(tmp_path)
+    assert found["taskset=sine"]["status"] == "completed"
+    assert "did you mean 'sawtooth'?" in found["taskset=sawtoth"]["error"]
+    assert "sweep/taskset=sawtoth" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
+)
+def test_a_parallel_sweep_that_is_killed_goes_on_where_it_was(tmp_path, signum, code):
+    words = [*SWEEP, "seed=0,1,2", "trainer.max_steps=300", "trainer.checkpoint_every=50"]
+    words += ["launcher=parallel", "launcher.jobs=2"]
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [SCRIPT, *words], cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+    until = time.monotonic() + PATIENCE
+    while not untouched(tmp_path) or len(results(tmp_path)) < 2:
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        assert time.monotonic() < until, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    if signum == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, signum)
+    assert process.wait(60) == code, (tmp_path / "said").read_text()
+    before = untouched(tmp_path)
+    done = metabatch(*words, cwd=tmp_path)
+    after = untouched(tmp_path)
+    assert set(after) == {"seed=0", "seed=1", "seed=2"}
+    assert all(after[name] == before[name] for name in before)
+    assert "3 runs of 1 configuration" in done.stdout
+    threads = [(tmp_path / "sweep" / name / "config.yaml").read_text() for name in after]
+    assert all("threads: 1" in text for text in threads)
