@@ -162,7 +162,11 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         calibration=evaluation.calibration,
         digests=evaluation.digests,
         note=parts.taskset.note,
-        monitor={"metric": f"val/{trainer.metric.name}", "best": trainer.best},
+        monitor={
+            "metric": f"val/{trainer.metric.name}",
+            "best": trainer.best,
+            "higher_is_better": trainer.metric.higher_is_better,
+        },
     )
     trainer.reporter.result(f"test, {'best' if best else 'last'} weights", evaluation.metrics)
     for warning in evaluation.warnings:

@@ -24,6 +24,15 @@ from metabatch_cli.report.interval import mean_and_interval
 
 VERSION = 1  # of the JSON
 
+# of the metrics that ours have; the run says it of the one that chose its weights
+HIGHER_IS_BETTER = {
+    "log_likelihood": True,
+    "accuracy": True,
+    "mse": False,
+    "rmse": False,
+    "calibration_error": False,
+}
+
 # what runs of one row may differ in: nothing that their numbers depend on by more than chance,
 # and what is decided for each by measuring (`Parts.choose`), the same but for rounding
 OF_A_RUN = {
@@ -50,6 +59,7 @@ class RunRecord:
         typed: the overrides of its command by their keys.
         metrics: as in `result.json`.
         monitor: the metric that chose its weights, without the split.
+        higher_is_better: whether more of that is better; None in runs that do not say.
     """
 
     directory: Path
@@ -62,6 +72,7 @@ class RunRecord:
     typed: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     monitor: str | None = None
+    higher_is_better: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,31 @@ class Summary:
     def values(self, group: Group) -> list[str]:
         """What a group has in each column."""
         return [shown(key, _value(group, key)) for key in self.columns]
+
+    def raw_values(self, group: Group) -> list[Any]:
+        """The same as they stand in the configuration."""
+        return [_value(group, key) for key in self.columns]
+
+    def best(self, metric: str) -> list[Group]:
+        """The groups with the best mean of a metric, more than one where they are equal; none
+        where there is nothing to compare, or nobody knows whether more is better."""
+        higher = self.higher_is_better(metric)
+        scores = [(group, group.score(metric)) for group in self.groups]
+        means = [(group, s.mean) for group, s in scores if s is not None and s.mean is not None]
+        if higher is None or len(means) < 2:
+            return []
+        best = (max if higher else min)(mean for _, mean in means)
+        return [group for group, mean in means if mean == best]
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """Whether more of a metric is better; None where that is not known."""
+        base = base_name(metric)
+        said = {
+            run.higher_is_better
+            for run in self.runs
+            if run.monitor is not None and base_name(run.monitor) == base
+        } - {None}
+        return said.pop() if len(said) == 1 else HIGHER_IS_BETTER.get(base)
 
     def how(self) -> dict[str, list[str]]:
         """How the shown metrics were measured: by key, such as `normalisation`, the way of each
@@ -283,7 +319,8 @@ def read_run(path: Path) -> RunRecord:
     try:
         result = _read_json(run.result_file)
         typed = _read_typed(run.overrides_file)
-        config = run.read_config() if run.holds_run else {}
+        never_began = result.get("status") == "failed" and not run.holds_run
+        config = {} if never_began else run.read_config()
     except (UserError, OSError, ValueError, yaml.YAMLError) as error:
         return RunRecord(path, "unreadable", error=str(error).splitlines()[0])
     status = result.get("status", "not begun")
@@ -301,6 +338,7 @@ def read_run(path: Path) -> RunRecord:
         typed=typed,
         metrics=result.get("metrics") or {},
         monitor=(result.get("monitor") or {}).get("metric", "").partition("/")[2] or None,
+        higher_is_better=(result.get("monitor") or {}).get("higher_is_better"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -21,12 +21,11 @@ def render(summary: Summary, console: Console, *, every_run: bool = False) -> No
     Args:
         every_run: whether to list the completed runs too.
     """
-    runs, configurations = len(summary.runs), len(summary.groups)
-    console.print(f"{_counted(runs, 'run')} of {_counted(configurations, 'configuration')}")
+    console.print(counts(summary))
     if summary.groups:
         for table in _fitting(summary, summary.metrics, console):
             console.print(table)
-        console.print(_caption(summary), soft_wrap=True)
+        console.print(Text(caption(summary), style="dim"), soft_wrap=True)
     if summary.also_typed:
         console.print(f"also different: {', '.join(summary.also_typed)}", soft_wrap=True)
     listed = [run for run in summary.runs if every_run or run.status != "completed"]
@@ -71,7 +70,7 @@ def _table(summary: Summary, metrics: Sequence[str], narrow: bool) -> Table:
     for group, *how in zip(summary.groups, *ways.values(), strict=True):
         cells = [_cell(group.score(name)) for name in metrics]
         seconds = "–" if group.seconds is None else clock(group.seconds)
-        table.add_row(*summary.values(group), *cells, *how, _runs(group), seconds)
+        table.add_row(*summary.values(group), *cells, *how, counted(group), seconds)
     return table
 
 
@@ -95,14 +94,20 @@ def _cell(score: Score | None) -> str:
     return f"{number(score.mean)} " + (interval if score.over == "seeds" else f"({interval})")
 
 
-def _runs(group: Group) -> str:
+def counted(group: Group) -> str:
     """How many runs count, and of how many if that is not all."""
     return str(len(group.counted)) + (
         f" of {len(group.runs)}" if len(group.counted) < len(group.runs) else ""
     )
 
 
-def _caption(summary: Summary) -> RenderableType:
+def counts(summary: Summary) -> str:
+    """How many runs of how many configurations."""
+    runs, configurations = len(summary.runs), len(summary.groups)
+    return f"{_number_of(runs, 'run')} of {_number_of(configurations, 'configuration')}"
+
+
+def caption(summary: Summary) -> str:
     """What the intervals are, of those that are there."""
     scores = [group.score(name) for group in summary.groups for name in summary.metrics]
     over = {score.over for score in scores if score is not None and score.ci95 is not None}
@@ -116,8 +121,8 @@ def _caption(summary: Summary) -> RenderableType:
         if not _differ(ways):
             said += f"; {key} {next(way for way in ways if way != '–')}"
     if repeated:
-        said += f"; of {_counted(repeated, 'repeated run')} of a seed the last one counts"
-    return Text(said.removeprefix("; "), style="dim")
+        said += f"; of {_number_of(repeated, 'repeated run')} of a seed the last one counts"
+    return said.removeprefix("; ")
 
 
 def _line(run: RunRecord) -> Text:
@@ -138,5 +143,5 @@ def _line(run: RunRecord) -> Text:
     return line
 
 
-def _counted(count: int, what: str) -> str:
+def _number_of(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
