@@ -31,6 +31,9 @@ COMMANDS = {
     "eval": Command(
         "metabatch_cli.commands.eval", "score a run on held-out tasks", "run=DIR [KEY=VALUE …]"
     ),
+    "tune": Command(
+        "metabatch_cli.commands.tune", "search for the best values", "+experiment=NAME …"
+    ),
     "check": Command(
         "metabatch_cli.commands.check", "try a configuration, leave nothing", "+experiment=NAME …"
     ),

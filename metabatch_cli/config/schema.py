@@ -219,6 +219,25 @@ class Config:
     """Whether to start anew where the run directory holds a run already."""
 
 
+@dataclass
+class TuneConfig:
+    """A search for the values with which a configuration validates best."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    trials: Count = 20
+    """Trainings in all, those of earlier calls and of other processes included."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    """By key: {low, high}, whole numbers if both are, with log: true or step; or {choices}."""
+
+    sampler: Component = field(default_factory=dict)
+    """Which values are tried next: one of Optuna's samplers."""
+
+    pruner: Component | None = None
+    """Which trials end early, by their validation scores; null: none."""
+
+
 COMPONENTS = ("taskset", "model", "learner", "optimizer", "scheduler")
 
 

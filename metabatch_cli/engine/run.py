@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,7 @@ from metabatch_cli.engine.evaluator import Evaluation
 from metabatch_cli.engine.parts import Parts, describe
 from metabatch_cli.engine.run_directory import RunDirectory
 from metabatch_cli.engine.same_run import flatten, has_nothing_to_do
-from metabatch_cli.engine.stop import Interrupted
+from metabatch_cli.engine.stop import Interrupted, Stopped
 from metabatch_cli.engine.trainer import Trainer
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.report.console import Reporter, clock
@@ -40,6 +40,7 @@ def train(
     *,
     overrides: list[str] | None = None,
     reporter: Reporter | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Train what a configuration declares, in a directory, or go on with the run that it holds.
 
@@ -48,6 +49,7 @@ def train(
         directory: of the run; None for a new one, `outputs/DATE/TIME`. A run of the same
             configuration is resumed there, a completed one only read; `fresh: true` starts anew.
         overrides: what was typed, for `overrides.yaml`.
+        loggers: further ones, beside those of the configuration.
 
     Returns:
         `result.json`.
@@ -56,6 +58,7 @@ def train(
         UserError: a configuration that cannot be; another run in the directory, or somebody at
             work in it; a loss that is not finite. Nothing in the directory is lost by any.
         Interrupted: SIGINT or SIGTERM came, and the run is saved.
+        Stopped: a logger said so.
     """
     reporter = reporter or Reporter()
     run = RunDirectory(directory or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-%f"))
@@ -83,7 +86,7 @@ def train(
         run.write_config(plain, overrides)
         with logged_to(run.log_file), recorded(run, checked):
             announce(run, parts, reporter, resumes=saved is not None)
-            return _train(run, parts, reporter)
+            return _train(run, parts, reporter, loggers)
 
 
 def is_completed(config: DictConfig, directory: str | Path) -> bool:
@@ -101,13 +104,16 @@ def is_completed(config: DictConfig, directory: str | Path) -> bool:
     return has_nothing_to_do(run, saved, plain, check(plain))
 
 
-def _train(run: RunDirectory, parts: Parts, reporter: Reporter) -> dict[str, Any]:
+def _train(
+    run: RunDirectory, parts: Parts, reporter: Reporter, further: Sequence[Logger] = ()
+) -> dict[str, Any]:
     config = parts.config
     loggers: list[Logger] = [JsonlLogger(run.path)]
     loggers += [
         build.build(f"logger.{name}", node, directory=run.path)
         for name, node in config.logger.items()
     ]
+    loggers += further
     trainer = Trainer(
         config.trainer,
         run,
@@ -130,6 +136,11 @@ def _train(run: RunDirectory, parts: Parts, reporter: Reporter) -> dict[str, Any
     except Interrupted:
         run.write_result(status="interrupted", step=trainer.step, seconds=trainer.elapsed)
         reporter.say(f"stopped at step {trainer.step:,}; go on with: metabatch resume {run.path}")
+        raise
+    except Stopped as stopped:
+        run.write_result(
+            status="interrupted", step=trainer.step, seconds=trainer.elapsed, error=str(stopped)
+        )
         raise
     finally:
         parts.loader.close()
@@ -313,7 +324,7 @@ def recorded(run: RunDirectory, config: Config) -> Iterator[None]:
     )
     try:
         yield
-    except Interrupted:
+    except (Interrupted, Stopped):
         raise
     except KeyboardInterrupt:  # the second one: somebody did not want to wait
         run.write_result(status="interrupted")

@@ -16,6 +16,10 @@ class Interrupted(SystemExit):
         self.signum = signum
 
 
+class Stopped(Exception):
+    """Somebody who watches a training ended it early; says why."""
+
+
 class StopSignals:
     """While open, SIGINT and SIGTERM set `received` instead of ending the process.
 
