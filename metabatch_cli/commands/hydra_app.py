@@ -123,9 +123,12 @@ class _Job:
             from metabatch_cli.config.errors import explain
 
             hydra = HydraConfig.get()
-            of_several = hydra.mode == RunMode.MULTIRUN
-            name = f"{Path(hydra.runtime.output_dir).name}: " if of_several else ""
+            name = ""
+            if hydra.mode == RunMode.MULTIRUN:
+                if not hydra.sweeper["_target_"].endswith(".ResumableSweeper"):
+                    raise  # told of when all are done
+                name = f"{Path(hydra.runtime.output_dir).name}: "
             print(f"metabatch: {name}{explain(error)}", file=sys.stderr, flush=True)
-            if of_several:  # the sweeper goes on, and knows
+            if name:  # the sweeper goes on, and knows
                 raise
             sys.exit(1)

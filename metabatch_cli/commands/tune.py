@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from metabatch_cli.sweeps.study import Study
 
 
+SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}  # where none is given
+
+
 def main(words: list[str]) -> None:
     """A Hydra application like `train`, with a section `tune`."""
     from metabatch_cli.commands.hydra_app import launch
@@ -19,6 +22,11 @@ def main(words: list[str]) -> None:
     if {"-m", "--multirun"} & set(words):
         raise UserError(
             "-m: a study chooses values itself; begin it several times with the same hydra.run.dir"
+        )
+    if removed := next((word for word in words if word.startswith("~")), None):
+        raise UserError(
+            f"{removed}: what is taken away cannot be written into an experiment\n"
+            "  allowed: another choice, such as scheduler=none"
         )
     launch("tune", __name__, "metabatch tune", words=words)
 
@@ -55,7 +63,7 @@ def job(config: DictConfig) -> None:
         section = OmegaConf.to_container(config.pop("tune"), resolve=True)
     tune = check_fields(TuneConfig, cast(dict[str, Any], section))
     plain = choices.resolve(config)
-    space = read_space(flat_space(tune.space), plain)
+    space = read_space(flat_space(SPACE if tune.space is None else tune.space), plain)
     parts = Parts(check(plain))
     metric = monitored(parts.learner.metric, parts.config.trainer.monitor)
 

@@ -31,6 +31,7 @@ def resolve(
     """
     config = config.copy()
     OmegaConf.set_struct(config, False)
+    config.pop("tune", None)  # an experiment may say where to search, whoever trains it
     for key, choose in CHOICES.items():
         if OmegaConf.select(config, key) in (None, "auto"):
             before = _select(saved or {}, key)

@@ -228,8 +228,9 @@ class TuneConfig:
     trials: Count = 20
     """Trainings in all, those of earlier calls and of other processes included."""
 
-    space: dict[str, Any] = field(default_factory=dict)
-    """By key: {low, high}, whole numbers if both are, with log: true or step; or {choices}."""
+    space: dict[str, Any] | None = None
+    """By key: {low, high}, whole numbers if both are, with log: true or step; or {choices};
+    null: the learning rate."""
 
     sampler: Component = field(default_factory=dict)
     """Which values are tried next: one of Optuna's samplers."""

@@ -101,7 +101,9 @@ class _AttentionInCache(torch.autograd.Function):
         else:  # or not a number
             logits = torch.bmm(key, query.mT).mul_(scale)
             if mask is not None:
-                logits.unflatten(0, (-1, heads)).add_(mask.mT.to(logits.dtype).log())
+                of_heads = logits.unflatten(0, (-1, heads)).masked_fill_(mask.mT == 0, -math.inf)
+                if are_counts(mask):
+                    of_heads.add_(mask.mT.log().clamp(min=0))  # of those that are there
             weights = logits.softmax(dim=1)
         ctx.save_for_backward(query, key, value, weights)
         ctx.heads, ctx.scale = heads, scale

@@ -22,19 +22,21 @@ def as_html(summary: Summary) -> str:
     """The page."""
     template = (Path(__file__).parent / "page.html").read_text()
     tree = json.dumps(finite(_data(summary)), ensure_ascii=False)
-    return template.replace("__DATA__", tree.replace("</", "<\\/"))
+    return template.replace("__DATA__", tree.replace("<", "\\u003c"))  # no tag in a text is one
 
 
 def _data(summary: Summary) -> dict[str, Any]:
     of_groups = [(n, run) for n, group in enumerate(summary.groups) for run in group.runs]
     of_groups += [(len(summary.groups), run) for run in summary.unreadable]
     runs = [_run(run, number) for number, run in of_groups]
+    unlike = summary.unlike()
     best = {name: summary.best(name) for name in summary.metrics}
     return {
         "about": counts(summary),
         "caption": caption(summary),
         "columns": list(summary.columns),
         "metrics": list(summary.metrics),
+        "how": list(unlike),
         "curves": _curve_names(summary, runs),
         "groups": [
             {
@@ -44,12 +46,13 @@ def _data(summary: Summary) -> dict[str, Any]:
                     for name in summary.metrics
                     if (score := group.score(name)) is not None
                 },
+                "how": [ways[number] for ways in unlike.values()],
                 "counted": counted(group),
                 "completed": len(group.counted),
                 "seconds": group.seconds,
                 "time": "–" if group.seconds is None else clock(group.seconds),
             }
-            for group in summary.groups
+            for number, group in enumerate(summary.groups)
         ],
         "runs": runs,
     }
@@ -74,7 +77,11 @@ def _curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(directory / "metrics.jsonl"):
         for name, value in row.items():
-            if name not in ("step", "seconds") and not name.endswith("/ci95") and value is not None:
+            if (
+                name not in ("step", "seconds")
+                and not name.endswith(("/ci95", "/oracle"))
+                and value is not None
+            ):
                 curves.setdefault(name, []).append((row["step"], value))
     return {name: _thinned(points) for name, points in curves.items()}
 

@@ -179,11 +179,13 @@ class Summary:
 
     def best(self, metric: str) -> list[Group]:
         """The groups with the best mean of a metric, more than one where they are equal; none
-        where there is nothing to compare, or nobody knows whether more is better."""
+        where there is nothing to compare, not all were measured alike, or nobody knows whether
+        more is better."""
         higher = self.higher_is_better(metric)
         scores = [(group, group.score(metric)) for group in self.groups]
         means = [(group, s.mean) for group, s in scores if s is not None and s.mean is not None]
-        if higher is None or len(means) < 2:
+        ways = [group.how([metric]) for group, _ in means]
+        if higher is None or len(means) < 2 or any(way != ways[0] for way in ways):
             return []
         best = (max if higher else min)(mean for _, mean in means)
         return [group for group, mean in means if mean == best]
@@ -204,6 +206,10 @@ class Summary:
         ways = [group.how(self.metrics) for group in self.groups]
         keys = dict.fromkeys(key for of in ways for key in of)
         return {key: [of.get(key, "–") for of in ways] for key in keys}
+
+    def unlike(self) -> dict[str, list[str]]:
+        """Of `how`, what groups differ in; one without scores has no way."""
+        return {key: ways for key, ways in self.how().items() if len({*ways} - {"–"}) > 1}
 
     def as_json(self, metrics: Iterable[str] | None = None) -> dict[str, Any]:
         """The same as a tree for JSON, with the seeds' scores and every run.
@@ -344,7 +350,14 @@ def read_run(path: Path) -> RunRecord:
 
 def _read_values(typed: Mapping[str, str]) -> dict[str, Any]:
     """The values of overrides as a configuration has them."""
-    return {key: yaml.safe_load(value) for key, value in typed.items()}
+    return {key: _read_value(value) for key, value in typed.items()}
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # Hydra's values are not all YAML's
+        return text
 
 
 def _number(text: str | None) -> int | None:

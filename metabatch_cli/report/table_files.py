@@ -14,6 +14,8 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "\\": r"\textbackslash{}",
+    "[": "{[}",  # behind the end of a line it would begin an option
+    "]": "{]}",
     "–": "--",
     "−": "$-$",
     "<": r"\textless{}",
@@ -29,32 +31,35 @@ def as_csv(summary: Summary) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     of_metrics = [f"{name}{part}" for name in summary.metrics for part in ("", " ci95", " over")]
-    writer.writerow([*summary.columns, *of_metrics, "completed", "runs", "seconds"])
-    for group in summary.groups:
+    how = summary.how()
+    writer.writerow([*summary.columns, *of_metrics, *how, "completed", "runs", "seconds"])
+    for group, *ways in zip(summary.groups, *how.values(), strict=True):
         scores: list[object] = []
         for name in summary.metrics:
             score = group.score(name)
             scores += ["", "", ""] if score is None else [score.mean, score.ci95, score.over]
         runs = [len(group.counted), len(group.runs), group.seconds]
-        writer.writerow([*summary.raw_values(group), *scores, *runs])
+        writer.writerow([*summary.raw_values(group), *scores, *ways, *runs])
     return text.getvalue()
 
 
 def as_latex(summary: Summary) -> str:
     """A `tabular` for the package booktabs: means and intervals, the best of each metric bold."""
-    heads = [*summary.columns, *(name.removeprefix("test/") for name in summary.metrics)]
+    unlike = summary.unlike()
+    heads = [*summary.columns, *(name.removeprefix("test/") for name in summary.metrics), *unlike]
     split = [head.partition("@") for head in heads]
     rows = [
         [_escaped(_short(name)) for name, _, _ in split],
         [_escaped(qualifiers.replace(",", ", ")) for _, _, qualifiers in split],
     ]
-    columns = "l" * len(summary.columns) + "r" * len(summary.metrics)
+    columns = "l" * len(summary.columns) + "r" * len(summary.metrics) + "l" * len(unlike)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [f"{' & '.join(row)} \\\\" for row in rows if any(row)]
     lines.append(r"\midrule")
-    for group in summary.groups:
+    for group, *ways in zip(summary.groups, *unlike.values(), strict=True):
         cells = [_escaped(value) for value in summary.values(group)]
         cells += [_cell(summary, group, name) for name in summary.metrics]
+        cells += map(_escaped, ways)
         lines.append(f"{' & '.join(cells)} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -82,4 +87,4 @@ def _short(key: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"[&%$#_{}~^\\–−<>]", lambda found: _LATEX[found.group()], text)
+    return re.sub(r"[&%$#_{}~^\\–−<>\[\]]", lambda found: _LATEX[found.group()], text)

@@ -62,7 +62,7 @@ def _table(summary: Summary, metrics: Sequence[str], narrow: bool) -> Table:
         table.add_column(heading, style="bold cyan", overflow="fold")
     for name in metrics:
         table.add_column(_heading(name), justify="right", no_wrap=True)
-    ways = {key: of_groups for key, of_groups in summary.how().items() if _differ(of_groups)}
+    ways = summary.unlike()
     for key in ways:
         table.add_column(key, overflow="fold")
     for name in ("runs", "time"):
@@ -72,11 +72,6 @@ def _table(summary: Summary, metrics: Sequence[str], narrow: bool) -> Table:
         seconds = "–" if group.seconds is None else clock(group.seconds)
         table.add_row(*summary.values(group), *cells, *how, counted(group), seconds)
     return table
-
-
-def _differ(ways: Sequence[str]) -> bool:
-    """Whether groups were measured in more than one way; one without scores has none."""
-    return len({way for way in ways if way != "–"}) > 1
 
 
 def _heading(metric: str) -> str:
@@ -117,8 +112,9 @@ def caption(summary: Summary) -> str:
         sum(run.status == "completed" for run in group.runs) - len(group.counted)
         for group in summary.groups
     )
+    unlike = summary.unlike()
     for key, ways in summary.how().items():
-        if not _differ(ways):
+        if key not in unlike:
             said += f"; {key} {next(way for way in ways if way != '–')}"
     if repeated:
         said += f"; of {_number_of(repeated, 'repeated run')} of a seed the last one counts"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from metabatch_cli.engine.run_directory import RunDirectory
 
@@ -21,18 +29,70 @@ def jobs_at_once() -> int:
     """How many jobs a machine carries: one for each of its CUDA devices, else for each core."""
     import torch
 
-    from metabatch_cli.batching.auto import cores
+    from metabatch_cli.batching.auto import JOBS, cores
 
+    if JOBS in os.environ:  # in one of them
+        return int(os.environ[JOBS])
     return torch.cuda.device_count() or cores()
 
 
-def own_device(devices: int) -> str:
-    """The CUDA device of this process: jobs beside each other take turns by their numbers."""
-    from hydra.core.hydra_config import HydraConfig
+@contextmanager
+def sharing(launcher: Any, config: DictConfig, waiting: int) -> Iterator[None]:
+    """While jobs of this process's sweep run beside each other, if its launcher has any do so.
 
-    if not is_beside_others() or not HydraConfig.initialized() or devices < 2:
+    No more at a time than there are, and each with its share of the cores: by `$OMP_NUM_THREADS`,
+    unless that is set to less.
+    """
+    from metabatch_cli.batching.auto import JOBS, cores
+
+    wanted = OmegaConf.select(config, "launcher.jobs")
+    if wanted is None:
+        yield
+        return
+    jobs = max(min(int(wanted), waiting), 1)
+    share = max(cores() // jobs, 1)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(share, int(given)) if given.isdigit() and int(given) else share
+    own = {JOBS: jobs, SWEEP: os.getpid(), "OMP_NUM_THREADS": threads}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ |= {name: str(value) for name, value in own.items()}
+    if hasattr(launcher, "joblib"):
+        launcher.joblib["n_jobs"] = jobs
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+_claims: dict[int, tuple[int, IO[str]]] = {}  # by the sweep's process: a device, a locked file
+
+
+def own_device(devices: int) -> str:
+    """The CUDA device of this process: of those beside each other each has another one, as far as
+    there are enough, and keeps it for all its jobs."""
+    if not is_beside_others() or devices < 2:
         return "cuda"
-    return f"cuda:{HydraConfig.get().job.num % devices}"
+    sweep = int(os.environ[SWEEP])
+    if sweep not in _claims:
+        folder = Path(tempfile.gettempdir()) / f"metabatch-{os.getuid()}-{sweep}"
+        folder.mkdir(exist_ok=True)
+        _claims[sweep] = next(filter(None, map(partial(_claimed, folder, devices), count())))
+    return f"cuda:{_claims[sweep][0]}"
+
+
+def _claimed(folder: Path, devices: int, place: int) -> tuple[int, IO[str]] | None:
+    """The place-th of the places on all devices, if it is free; free again when this process
+    ends."""
+    file = (folder / str(place)).open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return place % devices, file
 
 
 @contextmanager
@@ -62,4 +122,4 @@ def wait_for(run: RunDirectory) -> None:
 
 def is_beside_others() -> bool:
     """Whether this process is one of several jobs that run at the same time."""
-    return SWEEP in os.environ
+    return os.environ.get(SWEEP, str(os.getpid())) != str(os.getpid())

@@ -19,24 +19,35 @@ LONGEST = 180  # characters of a name; file systems allow 255 bytes
 # overrides that say how and where jobs run, not what they are
 _ELSEWHERE = ("fresh", "launcher", "logger", "hydra")
 
+Identity = frozenset[str]
 
-def identity(overrides: Iterable[str]) -> frozenset[str]:
+
+def identity(overrides: Iterable[str]) -> Identity:
     """What makes a job the same as another one: what was typed, in whatever order."""
     return frozenset(word.lstrip("+") for word in overrides if not _is_elsewhere(word))
 
 
-def job_names(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """A name for the directory of each job, `model.width=8,seed=0`: what it has for itself.
+def job_names(jobs: Sequence[Sequence[str]], known: dict[Identity, str]) -> list[str]:
+    """The directory of each job: where it is already, else `model.width=8,seed=0`, what it has
+    for itself, with more behind it if that is another job's.
 
     Args:
         jobs: the overrides of each, the same keys in the same order.
+        known: the names of jobs that are there.
     """
     in_common = frozenset.intersection(*map(identity, jobs)) if jobs else frozenset()
-    own = [[w.lstrip("+") for w in job if w.lstrip("+") not in in_common] for job in jobs]
-    return [_as_file_name(",".join(w for w in words if not _is_elsewhere(w))) for words in own]
+    named, taken = dict(known), set(known.values())
+    for job in jobs:
+        if (who := identity(job)) in named:
+            continue
+        own = [word.lstrip("+") for word in job if word.lstrip("+") in who - in_common]
+        name = _as_file_name(",".join(own))
+        named[who] = f"{name}-{_hash(','.join(sorted(who)))}" if name in taken else name
+        taken.add(named[who])
+    return [named[identity(job)] for job in jobs]
 
 
-def known_jobs(directory: Path) -> dict[frozenset[str], str]:
+def known_jobs(directory: Path) -> dict[Identity, str]:
     """The jobs that a sweep's directory holds, and the names of theirs."""
     found = {}
     for file in sorted(directory.glob("*/overrides.yaml")):
@@ -58,7 +69,11 @@ def _as_file_name(text: str) -> str:
     name = re.sub(r"[^\w.=,+-]", "_", text) or "job"
     if len(name) <= LONGEST and name in (text, "job"):
         return name
-    return f"{name[: LONGEST - 13]}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    return f"{name[: LONGEST - 13]}-{_hash(text)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def _is_elsewhere(word: str) -> bool:

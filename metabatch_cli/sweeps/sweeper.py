@@ -6,20 +6,20 @@ and of several failures shows the first.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metabatch_cli.config.errors import explain
-from metabatch_cli.sweeps.beside import SWEEP
 from metabatch_cli.sweeps.jobs import identity, job_names, known_jobs, record_failure
 
 # Hydra takes plugins from two packages only, of which this one is always there
@@ -31,6 +31,21 @@ def register() -> None:
     """Make the sweeper known to Hydra."""
     sys.modules[AMONG_PLUGINS] = sys.modules[__name__]
     Plugins.instance().register(ResumableSweeper)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One combination of values.
+
+    Attributes:
+        number: among all of the sweep.
+        words: its overrides, as typed.
+        name: of its directory, unless somebody wants others.
+    """
+
+    number: int
+    words: list[str]
+    name: str
 
 
 class ResumableSweeper(BasicSweeper):
@@ -48,79 +63,80 @@ class ResumableSweeper(BasicSweeper):
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None
-        from metabatch_cli.batching.auto import JOBS
+        from metabatch_cli.sweeps.beside import sharing
 
         setup_globals()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         directory = Path(str(self.config.hydra.sweep.dir))
         directory.mkdir(parents=True, exist_ok=True)
-        jobs_at_once = OmegaConf.select(self.config, "launcher.jobs")
-        if jobs_at_once is not None:
-            os.environ |= {JOBS: str(jobs_at_once), SWEEP: str(os.getpid())}
         returned: list[Sequence[JobReturn]] = []
-        failed = launched = 0
+        failed = 0
         try:
-            for batch in self._named(self.split_arguments(overrides, self.max_batch_size)):
-                planned = [self._is_to_run(job, directory) for job in batch]
-                waiting = [job for job, runs in zip(batch, planned, strict=True) if runs]
-                failed += planned.count(None)
+            for batch in self._jobs(directory, overrides):
+                places = [self._place(job, directory) for job in batch]
+                failed += places.count(None)
+                waiting = [
+                    [*job.words, f"hydra.sweep.subdir='{place}'"]
+                    for job, place in zip(batch, places, strict=True)
+                    if place
+                ]
                 if waiting:
-                    results = self.launcher.launch(waiting, initial_job_idx=launched)
+                    with sharing(self.launcher, self.config, len(waiting)):
+                        results = self.launcher.launch(waiting, initial_job_idx=batch[0].number)
                     failed += sum(job.status != JobStatus.COMPLETED for job in results)
                     returned.append(results)
-                launched += len(waiting)
         finally:
             _summarise(directory)
         if failed:
             sys.exit(1)
         return returned
 
-    def _named(self, batches: list[list[list[str]]]) -> list[list[list[str]]]:
-        """The jobs, told where to be: where they are already, else in a directory of their own."""
-        assert self.config is not None
-        sweep = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
-        assert isinstance(sweep, dict)
-        if sweep["subdir"] != BY_NUMBER:  # somebody wants other names
-            return batches
-        known = known_jobs(Path(str(self.config.hydra.sweep.dir)))
-        jobs = [job for batch in batches for job in batch]
-        names = iter(job_names(jobs))
-        return [
-            [
-                [*job, f"hydra.sweep.subdir='{known.get(identity(job), name)}'"]
-                for job, name in zip(batch, names)  # noqa: B905  # as many as in the batch
-            ]
-            for batch in batches
-        ]
+    def _jobs(self, directory: Path, overrides: list[Override]) -> list[list[Job]]:
+        """The batches of jobs, each job once."""
+        batches = self.split_arguments(overrides, self.max_batch_size)
+        every = [words for batch in batches for words in batch]
+        names = job_names(every, known_jobs(directory))
+        jobs, seen = iter(map(Job, range(len(every)), every, names)), set()
+        found = []
+        for batch in batches:
+            own = [job for job, _ in zip(jobs, batch)]  # noqa: B905  # as many as are in it
+            new = [job for job in own if identity(job.words) not in seen]
+            seen |= {identity(job.words) for job in new}
+            found.append(new)
+        return [batch for batch in found if batch]
 
-    def _is_to_run(self, job: Sequence[str], directory: Path) -> bool | None:
-        """Whether a job is to be launched; None if it cannot be, which is said and written down."""
+    def _place(self, job: Job, directory: Path) -> str | None:
+        """The directory of a job that is to be launched; empty if it is completed; None if it
+        cannot be launched, which is said and written down."""
         from metabatch_cli.engine.run import is_completed
 
         before = HydraConfig.instance().cfg
-        place = directory / job[-1].partition("=")[2].strip("'")
+        name = job.name
         try:
             config = self._composed(job)
-            place = directory / str(config.hydra.sweep.subdir)
+            sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+            assert isinstance(sweep, dict)
+            if sweep["subdir"] != BY_NUMBER:  # somebody wants other names
+                name = str(config.hydra.sweep.subdir)
             with open_dict(config):
                 del config["hydra"]
-            return not is_completed(config, place)
+            return "" if is_completed(config, directory / name) else name
         except Exception as error:
-            message = explain(error, list(job))
-            print(f"metabatch: {place.name}: {message}", file=sys.stderr)
-            record_failure(place, job[:-1], message)
+            message = explain(error, job.words)
+            print(f"metabatch: {name}: {message}", file=sys.stderr)
+            record_failure(directory / name, job.words, message)
             return None
         finally:
             HydraConfig.instance().cfg = before
 
-    def _composed(self, job: Sequence[str]) -> DictConfig:
+    def _composed(self, job: Job) -> DictConfig:
         """The job's configuration, as a launcher composes it."""
         assert self.config is not None
         assert self.hydra_context is not None
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job.words))
         with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = 0
+            config.hydra.job.id = config.hydra.job.num = job.number
         HydraConfig.instance().set_config(config)
         return config
 

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from metabatch_cli.batching.auto import cores
 from tests.cli.program import PATIENCE, SCRIPT, TINY, metabatch
 
 SWEEP = ("train", "-m", *TINY, "hydra.sweep.dir=sweep")
@@ -19,6 +21,10 @@ SWEEP = ("train", "-m", *TINY, "hydra.sweep.dir=sweep")
 def results(folder: Path) -> dict[str, dict]:
     files = folder.glob("sweep/*/result.json")
     return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+
+def given_threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", cores()))
 
 
 def untouched(folder: Path) -> dict[str, int]:
@@ -71,7 +77,8 @@ def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
     ("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
 )
 def test_a_parallel_sweep_that_is_killed_goes_on_where_it_was(tmp_path, signum, code):
-    words = [*SWEEP, "seed=0,1,2", "trainer.max_steps=300", "trainer.checkpoint_every=50"]
+    words = [word for word in SWEEP if not word.startswith("trainer.threads")]
+    words += ["seed=0,1,2", "trainer.max_steps=300", "trainer.checkpoint_every=50"]
     words += ["launcher=parallel", "launcher.jobs=2"]
     with (tmp_path / "said").open("wb") as said:
         process = subprocess.Popen(
@@ -93,5 +100,30 @@ def test_a_parallel_sweep_that_is_killed_goes_on_where_it_was(tmp_path, signum, 
     assert set(after) == {"seed=0", "seed=1", "seed=2"}
     assert all(after[name] == before[name] for name in before)
     assert "3 runs of 1 configuration" in done.stdout
-    threads = [(tmp_path / "sweep" / name / "config.yaml").read_text() for name in after]
-    assert all("threads: 1" in text for text in threads)
+    for name in after:
+        config = yaml.safe_load((tmp_path / "sweep" / name / "config.yaml").read_text())
+        assert config["trainer"]["threads"] == min(max(cores() // 2, 1), given_threads())
+        assert config["launcher"] == {"jobs": 2}
+
+
+def test_one_job_at_a_time_beside_nobody_is_a_sweep_too(tmp_path):
+    done = metabatch(*SWEEP, "seed=0,1", "launcher=parallel", "launcher.jobs=1", cwd=tmp_path)
+    assert set(untouched(tmp_path)) == {"seed=0", "seed=1"}
+    assert "2 runs of 1 configuration" in done.stdout
+
+
+def test_directories_of_ones_own_are_kept_to(tmp_path):
+    own = "hydra.sweep.subdir=job${hydra.job.num}"
+    metabatch(*SWEEP, own, "seed=0", cwd=tmp_path)
+    before = untouched(tmp_path)
+    assert set(before) == {"job0"}
+    done = metabatch(*SWEEP, own, "seed=0,1", "taskset=sine,sawtoth", cwd=tmp_path, code=1)
+    after = untouched(tmp_path)
+    assert set(after) == {"job0", "job2"}  # 1 and 3 are no task sets
+    assert after["job0"] == before["job0"]
+    assert done.stderr.count("there is no taskset of that name") == 2
+
+
+def test_two_ways_to_run_the_same_job_run_it_once(tmp_path):
+    metabatch(*SWEEP, "logger=none,csv", cwd=tmp_path)
+    assert len(results(tmp_path)) == 1

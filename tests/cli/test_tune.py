@@ -53,9 +53,10 @@ def test_a_study_that_was_killed_is_finished_by_two_processes(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["+tune.space={model.widht: {low: 1, high: 2}}"], "did you mean 'width'?"),
+        (["tune.space={model.widht: {low: 1, high: 2}}"], "did you mean 'width'?"),
         (["tune.trials=0"], "trials"),
         (["-m", "seed=0,1"], "-m: a study chooses values itself"),
+        (["~scheduler"], "such as scheduler=none"),
         (["tune.sampler._target_=optuna.samplers.TPESamplr"], "TPESamplr"),
     ],
 )

@@ -21,18 +21,18 @@ from tests.report.examples import model, write
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """Three widths with two seeds, of which one failed; the score is what width and seed say."""
-    for width in (8, 16, 128):
+    for width in (0.5, 0.25, 16):
         for seed in (0, 1):
-            failed = (width, seed) == (128, 1)
+            failed = (width, seed) == (16, 1)
             run = write(
                 tmp_path / f"width={width},seed={seed}",
                 seed,
                 typed=(f"model.width={width}",),
                 status="failed" if failed else "completed",
-                error="loss < 0 & no </script> number" if failed else None,
+                error="loss < 0, <!-- <script> & no </script> number" if failed else None,
                 metrics={
-                    "test/accuracy@ways=5": width / 200 + seed / 100,
-                    "test/mse": 5e-5 / width,
+                    "test/accuracy@ways=5": width / 20 + seed / 100,
+                    "test/mse": 5e-6 / width,
                 },
                 **model(width),
             )
@@ -44,7 +44,7 @@ def sweep(tmp_path: Path) -> Path:
 def test_the_csv_has_every_digit(sweep):
     summary = summarise([sweep], ["*"])
     rows = list(csv.DictReader(io.StringIO(as_csv(summary))))
-    assert [row["model.width"] for row in rows] == ["8", "16", "128"]
+    assert [row["model.width"] for row in rows] == ["0.5", "0.25", "16"]
     assert [(row["completed"], row["runs"]) for row in rows] == [("2", "2"), ("2", "2"), ("1", "2")]
     for row, group in zip(rows, summary.groups, strict=True):
         score = group.score("test/accuracy@ways=5")
@@ -60,17 +60,28 @@ def test_the_latex_table_is_one_with_the_best_in_bold(sweep):
     assert lines[2:4] == [r"model.width & accuracy & mse \\", r" & ways=5 &  \\"]
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
     assert [line.count("&") for line in body] == [2, 2, 2]
-    assert [r"\mathbf{0.6400" in line for line in body] == [False, False, True]
-    assert r"3.906 \cdot 10^{-7}" in body[2]
+    assert [r"\mathbf{0.8000" in line for line in body] == [False, False, True]
+    assert r"3.125 \cdot 10^{-7}" in body[2]
     assert body[2].count("mathbf") == 2  # the least error is the best
 
 
 def test_what_latex_would_read_otherwise_is_escaped(tmp_path):
-    for number, path in enumerate(("a_b%", r"c\d{}~^")):
+    for number, path in enumerate(("a_b%", r"[c]\d{}~^")):
         write(tmp_path / f"{number}", typed=(f"data_dir={path}",), model={"name": path})
     text = as_latex(summarise([tmp_path]))
     assert r"a\_b\%" in text
-    assert r"c\textbackslash{}d\{\}\textasciitilde{}\textasciicircum{}" in text
+    assert r"{[}c{]}\textbackslash{}d\{\}\textasciitilde{}\textasciicircum{}" in text
+
+
+def test_what_was_measured_otherwise_is_not_compared_but_told(tmp_path):
+    for number, way in enumerate(("marginal", "joint")):
+        write(tmp_path / f"{number}", number, how={"scoring": way}, **model(8 + number))
+    summary = summarise([tmp_path])
+    assert summary.best("test/accuracy") == []
+    row, _ = csv.DictReader(io.StringIO(as_csv(summary)))
+    assert row["scoring"] == "marginal"
+    assert "& marginal " in as_latex(summary)
+    assert '"how": ["scoring"]' in as_html(summary)
 
 
 def test_without_a_direction_nothing_is_best(tmp_path):
@@ -84,7 +95,7 @@ def test_without_a_direction_nothing_is_best(tmp_path):
 def test_the_page_needs_nothing_beside_itself(sweep):
     page = as_html(summarise([sweep]))
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)|@import", page)
-    assert page.count("</script>") == 2  # an error's text ends none
+    assert page.count("<script") == page.count("</script>") == 2  # an error's text is none
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
     curve = data["runs"][0]["curves"]["val/accuracy"]
     assert len(curve) <= POINTS
@@ -108,15 +119,17 @@ def column(browser: Browser, table: str, number: int) -> list[str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the page in")
 def test_the_page_sorts_filters_and_draws_where_it_is_clicked(browser):
-    assert column(browser, "table", 0) == ["8", "16", "128"]
+    assert column(browser, "table", 0) == ["0.5", "0.25", "16"]
     heading = "#table th:nth-child(2)"
     browser.click(f"{heading} button")
-    assert column(browser, "table", 0) == ["8", "16", "128"]
+    assert column(browser, "table", 0) == ["0.25", "0.5", "16"]
     assert browser.run(f"document.querySelector('{heading}').ariaSort") == "ascending"
     browser.click(f"{heading} button")
-    assert column(browser, "table", 0) == ["128", "16", "8"]
+    assert column(browser, "table", 0) == ["16", "0.5", "0.25"]
     browser.click("#table th:nth-child(1) button")  # numbers as numbers
-    assert column(browser, "table", 0) == ["8", "16", "128"]
+    assert column(browser, "table", 0) == ["0.25", "0.5", "16"]
+    marks = "[...document.querySelectorAll('#effects text[text-anchor=middle]')]"
+    assert browser.run(f"{marks}.map((mark) => mark.textContent)") == ["0.25", "0.5", "16"]
     assert browser.run("document.querySelectorAll('#table [aria-sort]').length") == 1
 
     lines = "document.querySelectorAll('#curves .curve').length"
@@ -129,6 +142,6 @@ def test_the_page_sorts_filters_and_draws_where_it_is_clicked(browser):
     assert browser.run("document.querySelectorAll('#effects figure').length") == 1
     assert browser.run("document.querySelectorAll('#effects circle').length") == 3
     assert column(browser, "runs", 0).count("failed") == 1
-    assert "loss < 0 & no </script> number" in column(browser, "runs", 5)
+    assert "loss < 0, <!-- <script> & no </script> number" in column(browser, "runs", 5)
     wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     assert browser.run(wide)
