@@ -42,12 +42,13 @@ def test_attention_is_torchs(size, masked):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_what_is_hidden_changes_nothing_even_if_its_exponential_is_infinite():
+@pytest.mark.parametrize("hidden", [1e6, float("inf"), float("nan")])
+def test_what_is_hidden_changes_nothing_even_if_its_exponential_is_infinite(hidden):
     query, key, value = inputs()
     mask = torch.ones(TASKS, KEYS, dtype=torch.bool)
     mask[:, -1] = False
     before = attend(query, key, value, HEADS, mask)
-    changed = torch.cat([key[:, :-1], key[:, -1:] * 1e6], dim=1)
+    changed = torch.cat([key[:, :-1], key[:, -1:] * hidden], dim=1)
     torch.testing.assert_close(attend(query, changed, value, HEADS, mask), before)
 
 
