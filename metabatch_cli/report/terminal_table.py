@@ -62,13 +62,16 @@ def _table(summary: Summary, metrics: Sequence[str], narrow: bool) -> Table:
         table.add_column(heading, style="bold cyan", overflow="fold")
     for name in metrics:
         table.add_column(_heading(name), justify="right", no_wrap=True)
-    ways = summary.unlike()
+    ways, best = summary.unlike(), {name: summary.best(name) for name in metrics}
     for key in ways:
         table.add_column(key, overflow="fold")
     for name in ("runs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for group, *how in zip(summary.groups, *ways.values(), strict=True):
-        cells = [_cell(group.score(name)) for name in metrics]
+        cells = [
+            Text(_cell(group.score(name)), style="bold" if group in best[name] else "")
+            for name in metrics
+        ]
         seconds = "–" if group.seconds is None else clock(group.seconds)
         table.add_row(*summary.values(group), *cells, *how, counted(group), seconds)
     return table
