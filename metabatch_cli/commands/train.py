@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def _one_of_several(config: DictConfig, directory: Path, overrides: list[str]) -
     from metabatch_cli.config.errors import explain
     from metabatch_cli.engine.run import train
     from metabatch_cli.engine.run_directory import RunDirectory
+    from metabatch_cli.engine.stop import Interrupted
     from metabatch_cli.report.console import Reporter, silent
     from metabatch_cli.sweeps.beside import ending_with_the_sweep, is_beside_others, wait_for
     from metabatch_cli.sweeps.jobs import record_failure
@@ -58,6 +60,10 @@ def _one_of_several(config: DictConfig, directory: Path, overrides: list[str]) -
         wait_for(RunDirectory(directory))
         try:
             result = train(config, directory, overrides=overrides, reporter=reporter)
+        except Interrupted as stopped:
+            if stopped.signum == signal.SIGUSR2:  # all is saved: now the launcher queues it again
+                signal.raise_signal(signal.SIGUSR2)
+            raise
         except Exception as error:
             record_failure(directory, overrides, explain(error))
             raise

@@ -104,7 +104,7 @@ def _hydra_message(error: BaseException) -> UserError:
         found = re.search(r"Could not find '([^']+)'", text)
         if found and error.options:
             group, _, name = found.group(1).rpartition("/")
-            if group == "hydra/launcher" and name == "joblib":
+            if group == "hydra/launcher" and name in ("joblib", "submitit_slurm"):
                 return UserError(
                     f"{group}={name}: its plugin is not installed\n"
                     "  it comes with: pip install 'metabatch-cli[sweep]'"

@@ -21,7 +21,8 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While open, SIGINT and SIGTERM set `received` instead of ending the process.
+    """While open, SIGINT and SIGTERM set `received` instead of ending the process; so does SIGUSR2
+    where somebody waits for it, as launchers on clusters do, who are told that time is up.
 
     A second SIGINT raises KeyboardInterrupt, for whoever does not want to wait. With `at_once`
     a signal raises Interrupted where it comes: when all that matters is saved.
@@ -34,7 +35,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            awaited = callable(signal.getsignal(signal.SIGUSR2))
+            for signum in (signal.SIGINT, signal.SIGTERM, *[signal.SIGUSR2] * awaited):
                 self._before[signum] = signal.signal(signum, self._receive)
         return self
 

@@ -135,3 +135,15 @@ def test_the_data_folder_is_the_environments_else_the_caches(monkeypatch, tmp_pa
 def test_threads_are_those_that_a_launcher_sets_else_one_a_core(monkeypatch, given, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert resolve(compose(*BASE))["trainer"]["threads"] == (threads or cores())
+
+
+def test_a_slurm_job_has_the_cores_that_it_was_given(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("METABATCH_JOBS", raising=False)
+    here = cores()
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert cores() == resolve(compose(*BASE))["trainer"]["threads"] == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4096")
+    assert cores() == here
+    monkeypatch.setenv("METABATCH_JOBS", str(2 * here))
+    assert cores() == 1
