@@ -67,9 +67,7 @@ def cores() -> int:
     time each its share."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     here = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    of_job = os.environ.get(
-        "SLURM_CPUS_PER_TASK", ""
-    )  # not every cluster binds jobs to their cores
+    of_job = os.environ.get("SLURM_CPUS_PER_TASK", "")  # whose cluster may bind it to none
     here = min(here, int(of_job)) if of_job.isdigit() and int(of_job) else here
     jobs = os.environ.get(JOBS, "")
     return max(here // int(jobs), 1) if jobs.isdigit() and int(jobs) else here

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from metabatch_cli.config.compose import config_dir, debug_last
+from metabatch_cli.config.compose import config_dir, debug_last, register_resolvers
 
 _WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
@@ -54,15 +54,6 @@ def launch(
         sys.argv = [program, *options, *debug_last(overrides)]
     path = str(config_path or config_dir())
     hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
-
-
-def register_resolvers() -> None:
-    """What configurations ask for by `${jobs_at_once:}`."""
-    from omegaconf import OmegaConf
-
-    from metabatch_cli.sweeps.beside import jobs_at_once
-
-    OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
 def nowhere() -> list[str]:

@@ -17,6 +17,15 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
+def register_resolvers() -> None:
+    """What configurations ask for by `${jobs_at_once:}`."""
+    from omegaconf import OmegaConf
+
+    from metabatch_cli.sweeps.beside import jobs_at_once
+
+    OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
+
+
 def debug_last(words: list[str]) -> list[str]:
     """The words with debug=NAME as +debug=NAME at the end: it changes what an experiment says."""
     debug = [word for word in words if word.lstrip("+").startswith("debug=")]
@@ -40,6 +49,7 @@ def compose(*overrides: str, config_name: str = "train", user_dir: str | None = 
 
     from metabatch_cli.config.errors import readable
 
+    register_resolvers()
     words = debug_last(list(overrides))
     if user_dir is not None:
         words.append(f"hydra.searchpath=[file://{os.path.abspath(user_dir)}]")
