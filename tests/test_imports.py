@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "report": LEARNING | {"engine", "report", "config"},
     "config": LEARNING | {"engine", "report", "config"},
     "bench": LEARNING | {"engine", "report", "config", "tasksets"},
-    "commands": LEARNING | {"engine", "report", "config", "tasksets", "bench"},
-    "app": LEARNING | {"engine", "report", "config", "tasksets", "bench", "commands"},
+    "sweeps": LEARNING | {"engine", "report", "config"},
+    "commands": LEARNING | {"engine", "report", "config", "sweeps", "tasksets", "bench"},
+    "app": LEARNING | {"engine", "report", "config", "sweeps", "tasksets", "bench", "commands"},
     "__main__": {"app"},
     "tasksets": {"batching"},
 }

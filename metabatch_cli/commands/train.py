@@ -46,12 +46,12 @@ def _alone(config: DictConfig, directory: Path, overrides: list[str]) -> dict[st
 
 def _one_of_several(config: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
     """A job of a sweep: it is told of in the sweep's table, whatever becomes of it."""
+    from metabatch_cli.config.beside import ending_with_the_sweep, is_beside_others, wait_for
     from metabatch_cli.config.errors import explain
     from metabatch_cli.engine.run import train
     from metabatch_cli.engine.run_directory import RunDirectory
     from metabatch_cli.engine.stop import Interrupted
     from metabatch_cli.report.console import Reporter, silent
-    from metabatch_cli.sweeps.beside import ending_with_the_sweep, is_beside_others, wait_for
     from metabatch_cli.sweeps.jobs import record_failure
 
     beside = is_beside_others()

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from metabatch_cli.batching.auto import cores
+from metabatch_cli.config.beside import own_device
 from metabatch_cli.config.check import check_all_names
 from metabatch_cli.config.errors import ConfigError
-from metabatch_cli.sweeps.beside import own_device
 
 
 def resolve(

@@ -21,7 +21,7 @@ def register_resolvers() -> None:
     """What configurations ask for by `${jobs_at_once:}`."""
     from omegaconf import OmegaConf
 
-    from metabatch_cli.sweeps.beside import jobs_at_once
+    from metabatch_cli.config.beside import jobs_at_once
 
     OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 

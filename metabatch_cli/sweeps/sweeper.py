@@ -63,7 +63,7 @@ class ResumableSweeper(BasicSweeper):
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None
-        from metabatch_cli.sweeps.beside import sharing
+        from metabatch_cli.config.beside import sharing
 
         setup_globals()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)

@@ -83,7 +83,9 @@ def test_1_workers_and_prefetching_change_no_byte(kind, n_tasks, n_batches, seed
 
 
 @both
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
 def test_1_the_start_method_changes_no_byte(kind, method):
     fixed = {"batch_size": 4, "shuffle": True, "seed": 3}
     with TaskLoader(kind(), **fixed, workers=3, multiprocessing_context=method) as tested:
@@ -367,7 +369,9 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("end", ["exit", "SIGINT", "SIGKILL"])
 def test_7_no_process_and_no_shared_memory_outlives_the_program(method, end, tmp_path):
     script = tmp_path / "ended.py"

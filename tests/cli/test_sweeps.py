@@ -73,12 +73,9 @@ def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
     assert "sweep/taskset=sawtoth" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signum", "code"),
-    [
-        (signal.SIGKILL, -signal.SIGKILL),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-    ],
+    ("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
 )
 def test_a_parallel_sweep_that_is_killed_goes_on_where_it_was(tmp_path, signum, code):
     words = [word for word in SWEEP if not word.startswith("trainer.threads")]
@@ -116,6 +113,7 @@ def test_one_job_at_a_time_beside_nobody_is_a_sweep_too(tmp_path):
     assert "2 runs of 1 configuration" in done.stdout
 
 
+@pytest.mark.slow
 def test_directories_of_ones_own_are_kept_to(tmp_path):
     own = "hydra.sweep.subdir=job${hydra.job.num}"
     metabatch(*SWEEP, own, "seed=0", cwd=tmp_path)
@@ -128,6 +126,7 @@ def test_directories_of_ones_own_are_kept_to(tmp_path):
     assert done.stderr.count("there is no taskset of that name") == 2
 
 
+@pytest.mark.slow
 def test_two_ways_to_run_the_same_job_run_it_once(tmp_path):
     metabatch(*SWEEP, "logger=none,csv", cwd=tmp_path)
     assert len(results(tmp_path)) == 1

@@ -21,6 +21,7 @@ def steps(folder: Path) -> dict[str, int]:
     return {file.parent.name: json.loads(file.read_text())["step"] for file in files}
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_is_finished_by_two_processes(tmp_path):
     process = subprocess.Popen(
         [SCRIPT, *TUNE], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
