@@ -46,7 +46,8 @@ from tests.batching.faults import (
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here")
 
-METHODS = ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+# of the others, test_promises.py has the essence; here, every process of theirs imports torch
+METHODS = ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
