@@ -53,7 +53,7 @@ def job(config: DictConfig) -> None:
         import optuna
     except ImportError as error:
         raise UserError(
-            "optuna is not installed; it comes with: pip install 'metabatch-cli[tune]'"
+            "optuna is not installed; it comes with: pip install '.[tune]'"
         ) from error
     from metabatch_cli.sweeps.space import flat_space, read_space, value_at
     from metabatch_cli.sweeps.study import Study

@@ -107,7 +107,7 @@ def _hydra_message(error: BaseException) -> UserError:
             if group == "hydra/launcher" and name in ("joblib", "submitit_slurm"):
                 return UserError(
                     f"{group}={name}: its plugin is not installed\n"
-                    "  it comes with: pip install 'metabatch-cli[sweep]'"
+                    "  it comes with: pip install '.[sweep]'"
                 )
             return ConfigError(
                 group or "configuration",
