@@ -52,10 +52,8 @@ def job(config: DictConfig) -> None:
     try:
         import optuna
     except ImportError as error:
-        raise UserError(
-            "optuna is not installed; it comes with: pip install '.[tune]'"
-        ) from error
-    from metabatch_cli.sweeps.space import flat_space, read_space, value_at
+        raise UserError("optuna is not installed; it comes with: pip install '.[tune]'") from error
+    from metabatch_cli.sweeps.space import flat_space, read_space
     from metabatch_cli.sweeps.study import Study
 
     config = config.copy()
@@ -77,7 +75,7 @@ def job(config: DictConfig) -> None:
     if tune.pruner is not None:
         pruner = build("tune.pruner", check_component("tune.pruner", tune.pruner))
     study = Study(directory, space, metric, tune.trials, sampler, pruner)
-    study.try_first({key: value_at(plain, key) for key in space})
+    study.try_first({key: choices.select(plain, key) for key in space})
     reporter = Reporter()
     while (attempt := study.next()) is not None:
         reporter.say(_outcome(study, attempt, config, list(hydra.overrides.task)))
@@ -97,13 +95,12 @@ def _outcome(study: Study, attempt: Any, config: DictConfig, typed: list[str]) -
     own = config.copy()
     for key, value in attempt.values.items():
         OmegaConf.update(own, key, value)
-    values = [f"{key}={_short(value)}" for key, value in attempt.values.items()]
     pruning = Pruning(attempt, study.metric)
     try:
         result = train(
             own,
             attempt.directory,
-            overrides=[*typed, *values],
+            overrides=[*typed, *(f"{key}={value}" for key, value in attempt.values.items())],
             reporter=Reporter(silent()),
             loggers=[pruning],
         )
@@ -116,13 +113,15 @@ def _outcome(study: Study, attempt: Any, config: DictConfig, typed: list[str]) -
     except Exception as error:
         said = explain(error).splitlines()[0]
         study.tell(attempt, None, said)
-    return f"trial {attempt.directory.name}  {' '.join(values)}  {said}"
+    values = " ".join(f"{key}={_short(value)}" for key, value in attempt.values.items())
+    return f"trial {attempt.directory.name}  {values}  {said}"
 
 
 def _conclude(study: Study, typed: list[str], reporter: Any) -> None:
     """The table of all trials, and the best values as an experiment."""
     from rich.table import Table
 
+    from metabatch_cli.config.errors import UserError
     from metabatch_cli.report.files import write_text
     from metabatch_cli.sweeps.best import as_experiment
     from metabatch_cli.sweeps.study import DIRECTORY, WHY
@@ -148,8 +147,7 @@ def _conclude(study: Study, typed: list[str], reporter: Any) -> None:
     reporter.console.print(table)
     best = study.best
     if best is None:
-        reporter.say("no trial has completed")
-        return
+        raise UserError(f"{study.directory}: no trial has completed")
     file = study.directory / "experiment" / "best.yaml"
     write_text(file, as_experiment(typed, best.params, study.metric.name, best.value))
     reporter.say(f"written: {file}")

@@ -34,10 +34,10 @@ def resolve(
     config.pop("tune", None)  # an experiment may say where to search, whoever trains it
     for key, choose in CHOICES.items():
         if OmegaConf.select(config, key) in (None, "auto"):
-            before = _select(saved or {}, key)
+            before = select(saved or {}, key)
             OmegaConf.update(config, key, choose(config) if before is None else before)
     for key, value in leaves(OmegaConf.to_container(config)):
-        before = _select(saved or {}, key)
+        before = select(saved or {}, key)
         if value == "auto" and before is not None:  # what is measured when all is built
             OmegaConf.update(config, key, before)
     for key in PATHS:
@@ -126,7 +126,8 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _select(tree: Any, key: str) -> Any:
+def select(tree: Any, key: str) -> Any:
+    """The value of a dotted key in nested mappings; None where there is none."""
     for part in key.split("."):
         if not isinstance(tree, Mapping) or part not in tree:
             return None

@@ -86,11 +86,3 @@ def _check_key(key: str, config: Mapping[str, Any]) -> None:
                 wrong_name=part,
             )
         node, above = node[part], f"{above}.{part}" if above else part
-
-
-def value_at(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key."""
-    node: Any = config
-    for part in key.split("."):
-        node = node[part]
-    return node

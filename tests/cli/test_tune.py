@@ -65,3 +65,10 @@ def test_a_mistake_is_one_message(tmp_path, words, said):
     done = metabatch(*TUNE, *words, cwd=tmp_path, code=1)
     assert said in only_message(done)
     assert not steps(tmp_path)
+
+
+def test_a_study_of_which_no_trial_completes_says_why_and_fails(tmp_path):
+    space = "tune.space={model.width: {choices: [0]}}"
+    done = metabatch(*TUNE, "tune.trials=1", space, cwd=tmp_path, code=1)
+    assert "model.width=0: is not allowed" in done.stdout
+    assert done.stderr.endswith("no trial has completed\n")
