@@ -179,7 +179,7 @@ def test_a_task_that_kills_its_worker_once_is_made_by_another(how, at, tmp_path)
         ("fork", "SIGSEGV", "killed by SIGSEGV"),
         ("fork", "SIGRTMAX", f"killed by (SIGRTMAX|signal {int(signal.SIGRTMAX)})"),
         ("spawn", "exit", "exit code 77"),
-        ("forkserver", "SIGKILL", "killed by SIGKILL"),
+        pytest.param("forkserver", "SIGKILL", "killed by SIGKILL", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("at", [0, 40])

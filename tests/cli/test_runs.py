@@ -340,15 +340,6 @@ def test_a_sweep_has_a_completed_run_for_each_pair_of_values(tmp_path):
     )
 
 
-def test_in_a_sweep_a_mistake_of_one_job_does_not_cost_the_others(tmp_path):
-    done = metabatch("train", "-m", *TINY, "model.width=0,8", cwd=tmp_path, code=1)
-    assert "model.width=0" in done.stderr
-    assert "Traceback" not in done.stderr
-    failed, completed = sorted(tmp_path.glob("multirun/*/*/*/result.json"))
-    assert json.loads(completed.read_text())["status"] == "completed"
-    assert "model.width=0" in json.loads(failed.read_text())["error"]
-
-
 def test_checking_says_what_would_happen_and_leaves_nothing(tmp_path):
     (tmp_path / "scratch").mkdir()
     done = metabatch("check", *TINY, cwd=tmp_path, TMPDIR=str(tmp_path / "scratch"))
