@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 JOBS = "METABATCH_JOBS"  # how many jobs share the machine
+RANKS_HERE = "LOCAL_WORLD_SIZE"  # how many processes of a job do, as torchrun says
 
 _ENOUGH = 0.2  # seconds of measuring
 _FEWEST, _MOST = 3, 20  # measurements
@@ -64,13 +65,14 @@ def choose_workers(
 
 def cores() -> int:
     """CPU cores that this process may use: of a Slurm job its own, of `$METABATCH_JOBS` jobs at a
-    time each its share."""
+    time, and of the processes of one, each its share."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     here = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     of_job = os.environ.get("SLURM_CPUS_PER_TASK", "")  # whose cluster may bind it to none
     here = min(here, int(of_job)) if of_job.isdigit() and int(of_job) else here
-    jobs = os.environ.get(JOBS, "")
-    return max(here // int(jobs), 1) if jobs.isdigit() and int(jobs) else here
+    for sharers in (os.environ.get(JOBS, ""), os.environ.get(RANKS_HERE, "")):
+        here = max(here // int(sharers), 1) if sharers.isdigit() and int(sharers) else here
+    return here
 
 
 def measure(action: Callable[[], object]) -> float:

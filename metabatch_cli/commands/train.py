@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> None:
     """A Hydra application: overrides, `-m`, `--cfg`, `--help` and the rest."""
     from metabatch_cli.commands.hydra_app import launch
+    from metabatch_cli.config.beside import is_under_torchrun
+    from metabatch_cli.config.errors import UserError
 
+    if {"-m", "--multirun"} & set(words) and is_under_torchrun():
+        raise UserError(
+            "--multirun: every process that torchrun starts would sweep\n"
+            "  allowed: trainer.processes=N in a sweep, or torchrun for one training"
+        )
     launch("train", __name__, "metabatch train", words=words)
 
 
@@ -34,14 +41,13 @@ def _alone(config: DictConfig, directory: Path, overrides: list[str]) -> dict[st
 
     try:
         return train(config, directory, overrides=overrides)
-    except BaseException:
+    finally:
         # Hydra made it and the folders above; where nothing came of it, they shall not stay
         with contextlib.suppress(OSError):
             for folder in (directory, *directory.parents):
                 if folder == Path.cwd():
                     break
                 folder.rmdir()
-        raise
 
 
 def _one_of_several(config: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:

@@ -120,6 +120,13 @@ def wait_for(run: RunDirectory) -> None:
         time.sleep(0.1)
 
 
+def is_under_torchrun() -> bool:
+    """Whether this process was started as one of several that share a training."""
+    known = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    size = os.environ.get("WORLD_SIZE", "")
+    return known and size.isdigit() and int(size) > 1
+
+
 def is_beside_others() -> bool:
     """Whether this process is one of several jobs that run at the same time."""
     return os.environ.get(SWEEP, str(os.getpid())) != str(os.getpid())

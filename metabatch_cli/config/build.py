@@ -106,12 +106,14 @@ def _of_split(part: Any, split: Split) -> Any:
     return part
 
 
-def build_loader(config: Config, taskset: TaskSet) -> TaskLoader:
-    """The training loader."""
+def build_loader(
+    config: Config, taskset: TaskSet, rank: int = 0, world_size: int = 1
+) -> TaskLoader:
+    """The training loader of a rank."""
     fields = dict(vars(config.loader))
     fields["balance"] = None if config.loader.balance is None else vars(config.loader.balance)
     try:
-        return TaskLoader(taskset, **fields, seed=config.seed)
+        return TaskLoader(taskset, **fields, seed=config.seed, rank=rank, world_size=world_size)
     except REFUSALS as error:
         raise _refused("loader", str(error), fields) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -92,6 +93,15 @@ def check(config: Mapping[str, Any], kind: type[Config] = Config) -> Config:
         node = getattr(checked, section)
         if node or section != "scheduler":
             setattr(checked, section, check_component(section, node, PROVIDED[section]))
+    shards, processes = checked.loader.shards, checked.trainer.processes
+    if shards % processes:
+        raise ConfigError(
+            "trainer.processes",
+            f"cannot share batches that are made in loader.shards={shards} parts",
+            value=processes,
+            allowed=f"{', '.join(str(k) for k in range(1, shards + 1) if shards % k == 0)}; more "
+            f"with loader.shards={math.lcm(shards, processes)}, which gives other tasks",
+        )
     for name, node in checked.logger.items():
         checked.logger[name] = check_component(f"logger.{name}", node, {"directory"})
     for split in ("val", "test"):

@@ -32,9 +32,12 @@ def resolve(
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.pop("tune", None)  # an experiment may say where to search, whoever trains it
+    as_many = (select(saved or {}, "trainer.processes") or 1) == _processes(config)
     for key, choose in CHOICES.items():
         if OmegaConf.select(config, key) in (None, "auto"):
             before = select(saved or {}, key)
+            if key == "trainer.threads" and not as_many:  # the cores are shared otherwise now
+                before = None
             OmegaConf.update(config, key, choose(config) if before is None else before)
     for key, value in leaves(OmegaConf.to_container(config)):
         before = select(saved or {}, key)
@@ -73,10 +76,17 @@ def default_data_dir() -> str:
     )
 
 
-def default_threads() -> int:
-    """`$OMP_NUM_THREADS`, which launchers of several jobs a machine set, else a thread a core."""
+def default_threads(processes: int = 1) -> int:
+    """`$OMP_NUM_THREADS`, which launchers of several jobs a machine set, else a thread a core.
+
+    Args:
+        processes: that share the cores; no more threads than they have room for.
+    """
+    share = max(cores() // processes, 1)
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(given) if given.isdigit() and int(given) > 0 else cores()
+    if not given.isdigit() or int(given) < 1:
+        return share
+    return min(int(given), share) if processes > 1 else int(given)
 
 
 def check_device(device: Any) -> None:
@@ -102,6 +112,11 @@ def _choose_device(config: DictConfig) -> str:
     return own_device(torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
 
 
+def _processes(config: DictConfig) -> int:
+    asked = OmegaConf.select(config, "trainer.processes")
+    return asked if isinstance(asked, int) and asked > 0 else 1
+
+
 def _choose_pinning(config: DictConfig) -> bool:
     return str(OmegaConf.select(config, "loader.device")).startswith("cuda")
 
@@ -113,7 +128,7 @@ CHOICES: dict[str, Callable[[DictConfig], Any]] = {
     "data_dir": lambda config: default_data_dir(),
     "loader.device": _choose_device,
     "loader.pin_memory": _choose_pinning,
-    "trainer.threads": lambda config: default_threads(),
+    "trainer.threads": lambda config: default_threads(_processes(config)),
 }
 
 

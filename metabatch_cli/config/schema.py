@@ -120,7 +120,13 @@ class TrainerConfig:
     long enough to earn that back, of learners that gain by it."""
 
     threads: Count | Auto = "auto"
-    """CPU threads of the training process; auto: $OMP_NUM_THREADS, else one for each core."""
+    """CPU threads of each training process; auto: $OMP_NUM_THREADS, else its share of the cores."""
+
+    processes: Count = 1
+    """Processes on this machine that share every batch; torchrun's own number goes before."""
+
+    timeout: Annotated[float, Gt(0)] = 600.0
+    """Seconds that processes wait for each other before the training fails."""
 
     monitor: str | None = None
     """The validation metric that picks best.pt; null: the learner's own."""

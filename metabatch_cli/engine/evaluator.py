@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from metabatch_cli.batching.loader import TaskLoader
+from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.batching.task import digest, slice_tasks
 from metabatch_cli.engine import random_states
 from metabatch_cli.engine.precision import Precision
+from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.models.calibration import LEVELS
 
@@ -66,6 +68,7 @@ def evaluate(
     split: str,
     n_tasks: int,
     calibrated: bool = False,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Score a learner on the first `n_tasks` tasks of every set (all of a smaller finite one).
 
@@ -77,6 +80,8 @@ def evaluate(
         split: what the metrics' names begin with.
         calibrated: whether to measure, with a second prediction, `calibration_error` and
             `sharpness` too, where the learner predicts a spread.
+        ranks: who take turns with the batches; all get the scores of all, the same that one alone
+            would.
 
     Returns:
         Means and intervals over tasks; the learner is left in the mode that it was in, and the
@@ -87,8 +92,10 @@ def evaluate(
     learner.eval()
     try:
         for qualifiers, loader in loaders.items():
-            with random_states.preserved(loader.seed):  # of learners that draw when they score
-                scores, tasks_digest = _score(learner, loader, n_tasks, precision, calibrated)
+            with random_states.preserved():
+                scores, tasks_digest = _score(
+                    learner, loader, n_tasks, precision, calibrated, ranks or Ranks()
+                )
             for name, values in scores.own.items():
                 full = f"{split}/{qualified(name, qualifiers)}"
                 entry = summarise(values) | learner.about(name)
@@ -189,55 +196,95 @@ class _Scores:
     and the predicted `variance`, where they are asked for and known.
     """
 
-    own: dict[str, Tensor] = field(default_factory=dict)
-    oracle: dict[str, Tensor] = field(default_factory=dict)
-    baselines: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    points: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    own: dict[str, Tensor]
+    oracle: dict[str, Tensor]
+    baselines: dict[str, dict[str, Tensor]]
+    points: Tensor
     coverage: Tensor | None = None
     variance: Tensor | None = None
 
 
-@torch.no_grad()
 def _score(
-    learner: Learner, loader: TaskLoader, n_tasks: int, precision: Precision, calibrated: bool
+    learner: Learner,
+    loader: TaskLoader,
+    n_tasks: int,
+    precision: Precision,
+    calibrated: bool,
+    ranks: Ranks,
 ) -> tuple[_Scores, str]:
     """The scores of the tasks, and their digest."""
-    scores = _Scores()
-    sha = hashlib.sha256()
-    levels = torch.tensor(LEVELS, dtype=torch.float64)
-    points, found_calibrations = [], []
     total = loader.plan.n_tasks
     wanted = n_tasks if total is None else min(n_tasks, total)
-    for step in range(math.ceil(wanted / loader.batch_size)):
-        keep = min(loader.batch_size, wanted - step * loader.batch_size)
-        batch = slice_tasks(loader.batch_at(step), 0, keep)
-        sha.update(digest(batch).encode())
-        tasks = precision.prepare(batch)
-        mask = tasks.target_mask
-        judged = slice(None) if mask is None else mask.any(dim=1).cpu()
-        with precision.autocast():
-            own = learner.score(tasks)
-            with random_states.preserved():  # the scores are the same without it
-                calibration = learner.calibration(tasks, levels) if calibrated else None
-        best = loader.dataset.oracle(tasks) or {}  # type: ignore[arg-type] # a ragged set takes it
-        number = tasks.target_x.shape[1]
-        counts = torch.full((keep,), number) if mask is None else mask.sum(dim=1).cpu()
-        points.append(counts.double()[judged])
-        if calibration is not None:
-            found_calibrations.append([part.cpu().double()[judged] for part in calibration])
-        pairs = [(own, scores.own), (best, scores.oracle)]
-        for baseline, found in loader.dataset.baselines(tasks).items():
-            pairs.append((found, scores.baselines.setdefault(baseline, {})))
-        for found, kept in pairs:
-            for name, values in found.items():
-                fresh = values.cpu().double()[judged]
-                kept[name] = torch.cat([kept[name], fresh]) if name in kept else fresh
-    if points:
-        scores.points = torch.cat(points)
-    if found_calibrations and sum(map(len, points)):
-        parts = zip(*found_calibrations, strict=True)
-        scores.coverage, scores.variance = (torch.cat(part) for part in parts)
-    return scores, sha.hexdigest()
+    own = {}
+    for step in range(ranks.rank, math.ceil(wanted / loader.batch_size), ranks.size):
+        batch = slice_tasks(loader.batch_at(step), 0, wanted - step * loader.batch_size)
+        # of learners that draw when they score: whoever takes a batch draws the same
+        random_states.seed_everything(loader.seed, "scores", step)
+        own[step] = _score_batch(learner, loader, batch, precision, calibrated), digest(batch)
+    every: dict[int, tuple[_Scores, str]] = {}
+    for part in ranks.gather(own):
+        every |= part
+    in_order = [every[step] for step in sorted(every)]
+    sha = hashlib.sha256("".join(of_batch for _, of_batch in in_order).encode())
+    return _joined([scores for scores, _ in in_order]), sha.hexdigest()
+
+
+@torch.no_grad()
+def _score_batch(
+    learner: Learner, loader: TaskLoader, batch: Tasks, precision: Precision, calibrated: bool
+) -> _Scores:
+    """The scores of the tasks of a batch that have targets."""
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    tasks = precision.prepare(batch)
+    mask = tasks.target_mask
+    judged = slice(None) if mask is None else mask.any(dim=1).cpu()
+    with precision.autocast():
+        own = learner.score(tasks)
+        with random_states.preserved():  # the scores are the same without it
+            calibration = learner.calibration(tasks, levels) if calibrated else None
+    best = loader.dataset.oracle(tasks) or {}  # type: ignore[arg-type] # a ragged set takes it
+    count, number = tasks.target_x.shape[:2]
+    points = torch.full((count,), number) if mask is None else mask.sum(dim=1).cpu()
+
+    def kept(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values.cpu().double()[judged] for name, values in found.items()}
+
+    baselines = loader.dataset.baselines(tasks)
+    scores = _Scores(
+        own=kept(own),
+        oracle=kept(best),
+        baselines={name: kept(found) for name, found in baselines.items()},
+        points=points.double()[judged],
+    )
+    if calibration is not None:
+        scores.coverage, scores.variance = (part.cpu().double()[judged] for part in calibration)
+    return scores
+
+
+def _joined(parts: Sequence[_Scores]) -> _Scores:
+    """The scores of all batches, in their order."""
+
+    def together(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for entries in found for name in entries)
+        return {
+            name: torch.cat([entries[name] for entries in found if name in entries])
+            for name in names
+        }
+
+    baselines = dict.fromkeys(name for part in parts for name in part.baselines)
+    calibrated = [part for part in parts if part.coverage is not None]
+    scores = _Scores(
+        own=together([part.own for part in parts]),
+        oracle=together([part.oracle for part in parts]),
+        baselines={
+            name: together([part.baselines.get(name, {}) for part in parts]) for name in baselines
+        },
+        points=torch.cat([part.points for part in parts]),
+    )
+    if calibrated and len(scores.points):
+        scores.coverage = torch.cat([part.coverage for part in calibrated])  # type: ignore[misc]
+        scores.variance = torch.cat([part.variance for part in calibrated])  # type: ignore[misc]
+    return scores
 
 
 def _calibrate(evaluation: Evaluation, split: str, qualifiers: str, scores: _Scores) -> None:

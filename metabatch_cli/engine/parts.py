@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
 from metabatch_cli.engine.memory import keep_freed_memory
 from metabatch_cli.engine.precision import Precision
+from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.engine.trial import left_as_it_was, measure_step, try_out
 from metabatch_cli.learners.autoregressive import AutoregressiveDeployment
 from metabatch_cli.learners.learner import CompileCost, Learner
@@ -40,6 +41,9 @@ class Parts:
     say: Callable[[str], None] = lambda text: None
     """Tells a person what takes a while."""
 
+    ranks: Ranks = field(default_factory=Ranks)
+    """Who shares the training."""
+
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         torch.set_num_threads(int(self.config.trainer.threads))
@@ -52,10 +56,11 @@ class Parts:
         if self.config.trainer.monitor is not None:
             self.check_monitor()
         size, parts = self.config.loader.batch_size, self.config.trainer.accumulate
-        if size % parts:
+        shared = f" / {self.ranks.size} processes" if self.ranks.size > 1 else ""
+        if (size := size // self.ranks.size) % parts:
             raise ConfigError(
                 "trainer.accumulate",
-                f"does not divide loader.batch_size={size}",
+                f"does not divide loader.batch_size={self.config.loader.batch_size}{shared}",
                 value=parts,
                 allowed=", ".join(str(k) for k in range(1, size + 1) if size % k == 0),
             )
@@ -134,7 +139,7 @@ class Parts:
     @cached_property
     def loader(self) -> TaskLoader:
         """Batches of them."""
-        return build.build_loader(self.config, self.taskset)
+        return build.build_loader(self.config, self.taskset, self.ranks.rank, self.ranks.size)
 
     @cached_property
     def spec(self) -> TaskSpec:
@@ -190,6 +195,7 @@ class Parts:
             split="test",
             n_tasks=self.config.evaluation.tasks,
             calibrated=True,
+            ranks=self.ranks,
         )
 
     @cached_property
@@ -215,6 +221,8 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     optimizer = type(parts.optimizer).__name__
     schedule = type(parts.scheduler).__name__ if parts.scheduler else "constant rate"
     workers, choice = parts.loader.num_workers, parts.loader.choice
+    ranks = parts.ranks.size
+    shared = f" over {ranks} processes" if ranks > 1 else ""
     made = f"{workers} worker{'s' * (workers > 1)}" if workers else "created in this process"
     if choice is not None:
         made = f"{made} ({choice.reason})"
@@ -230,7 +238,7 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     return [
         ("task set", f"{kind}{drawn_from}, {count}{note}"),
         ("sizes", plan.law.describe() + (", or fewer" if parts.taskset.ragged else "")),
-        ("loader", f"{plan.batch_size} tasks a batch, {made}"),
+        ("loader", f"{plan.batch_size} tasks a batch{shared}, {made}"),
         ("model", f"{model}, {parameters:,} parameters"),
         ("learner", ", ".join([type(parts.learner).__name__, *decided])),
         ("optimizer", f"{optimizer}, lr {config.optimizer.get('lr', 'default')}, {schedule}"),

@@ -57,14 +57,20 @@ def preserved(seed: int | None = None) -> Iterator[None]:
         restore_random_states(states)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed all global generators from any integer, none of whose bits is lost."""
-    stream = Stream(seed, "global")
-    words = stream.words(4, 0)
+def seed_everything(seed: int, purpose: str = "global", number: int = 0) -> None:
+    """Seed all global generators from any integer, none of whose bits is lost.
+
+    Args:
+        purpose: other purposes, other numbers.
+        number: the same of things of one purpose, such as steps.
+    """
+    stream = Stream(seed, purpose)
+    words = stream.words(4, number)
     random.seed(int.from_bytes(words[:2].tobytes(), "little"))
     np.random.seed(words[2:].view(np.uint32))
-    stream.fill(torch.default_generator, 0)
-    torch.cuda.manual_seed_all(int(stream.words(1, 1)[0]) >> 1)  # where there is no GPU: nothing
+    stream.fill(torch.default_generator, number)
+    # where there is no GPU: nothing
+    torch.cuda.manual_seed_all(int(stream.words(1, number, 1)[0]) >> 1)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,16 +19,18 @@ from metabatch_cli.batching.taskset import Split, TaskSet
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
 from metabatch_cli.config.errors import ConfigError, UserError
-from metabatch_cli.config.schema import Config
+from metabatch_cli.config.schema import Config, TrainerConfig
 from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation
 from metabatch_cli.engine.parts import Parts, describe
+from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.engine.run_directory import RunDirectory
 from metabatch_cli.engine.same_run import flatten, has_nothing_to_do
 from metabatch_cli.engine.stop import Interrupted, Stopped
+from metabatch_cli.engine.together import joined, started
 from metabatch_cli.engine.trainer import Trainer
 from metabatch_cli.learners.learner import Learner
-from metabatch_cli.report.console import Reporter, clock
+from metabatch_cli.report.console import Reporter, clock, silent
 from metabatch_cli.report.loggers import JsonlLogger, Logger
 
 log = logging.getLogger("metabatch")
@@ -44,6 +46,9 @@ def train(
 ) -> dict[str, Any]:
     """Train what a configuration declares, in a directory, or go on with the run that it holds.
 
+    Over several processes, if `trainer.processes` says so, or if torchrun started this one among
+    others: all of them then call this, with the same configuration.
+
     Args:
         config: from `compose(...)`, or a mapping of the same keys.
         directory: of the run; None for a new one, `outputs/DATE/TIME`. A run of the same
@@ -52,31 +57,53 @@ def train(
         loggers: further ones, beside those of the configuration.
 
     Returns:
-        `result.json`.
+        `result.json`; nothing where torchrun's rank zero is another process.
 
     Raises:
         UserError: a configuration that cannot be; another run in the directory, or somebody at
-            work in it; a loss that is not finite. Nothing in the directory is lost by any.
+            work in it; a loss that is not finite; another process of this training that is gone.
+            Nothing in the directory is lost by any.
         Interrupted: SIGINT or SIGTERM came, and the run is saved.
         Stopped: a logger said so.
     """
-    reporter = reporter or Reporter()
-    run = RunDirectory(directory or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-%f"))
     composed = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    timeout = OmegaConf.select(composed, "trainer.timeout")
+    with joined(timeout if isinstance(timeout, int | float) else TrainerConfig().timeout) as ranks:
+        if not ranks.leads:
+            return follow(ranks, composed)
+        return _lead(composed, directory, overrides, reporter or Reporter(), loggers, ranks)
+
+
+def _lead(
+    composed: DictConfig,
+    directory: str | Path | None,
+    overrides: list[str] | None,
+    reporter: Reporter,
+    loggers: Sequence[Logger],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """The training as rank zero."""
+    run = RunDirectory(directory or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-%f"))
     fresh = bool(OmegaConf.select(composed, "fresh"))
     saved = run.read_config() if run.holds_run and not fresh else None
     plain = choices.resolve(composed, saved)
     plain["fresh"] = False
     checked = check(plain)
     if saved is not None and has_nothing_to_do(run, saved, plain, checked):
+        ranks.from_leader(None)
         return already_completed(run, reporter)
     begun = saved is not None and run.last_checkpoint.exists()
-    parts = Parts(checked, begun, reporter.say)
-    parts.build()
-    with run.lock():
+    with ExitStack() as stack:
+        if ranks.size == 1 and checked.trainer.processes > 1:
+            ranks = stack.enter_context(started(checked.trainer.processes, checked.trainer.timeout))
+        checked.loader.device = ranks.own_device(checked.loader.device)
+        parts = Parts(checked, begun, reporter.say, ranks)
+        parts.build()
+        stack.enter_context(run.lock())
         # building took its time: another process may have begun, or even completed, a run here
         now = run.read_config() if run.holds_run and not fresh else None
         if now is not None and has_nothing_to_do(run, now, plain, checked):
+            ranks.from_leader(None)
             return already_completed(run, reporter)
         if fresh:
             run.clear()
@@ -86,7 +113,38 @@ def train(
         run.write_config(plain, overrides)
         with logged_to(run.log_file), recorded(run, checked):
             announce(run, parts, reporter, resumes=saved is not None)
-            return _train(run, parts, reporter, loggers)
+            asked = OmegaConf.to_container(composed)
+            ranks.from_leader({"asked": asked, "config": plain, "begun": begun, "run": run.path})
+            return _train(run, parts, reporter, [*own_loggers(run, checked), *loggers], ranks)
+
+
+def follow(ranks: Ranks, composed: DictConfig | None = None) -> dict[str, Any]:
+    """The training as another rank: as rank zero has decided, without writing anything.
+
+    Args:
+        composed: what this process was asked for; None where nobody asked.
+
+    Raises:
+        UserError: rank zero was asked for something else.
+    """
+    order: dict[str, Any] | None = ranks.from_leader()
+    if order is None:
+        return {}
+    if composed is not None:
+        asked, here = flatten(order["asked"]), flatten(OmegaConf.to_container(composed))
+        differing = [
+            f"  {key}: {here.get(key, 'not set')} here, {asked.get(key, 'not set')} of rank 0"
+            for key in sorted(asked.keys() | here.keys())
+            if asked.get(key) != here.get(key)
+        ]
+        if differing:
+            raise UserError("started with another configuration\n" + "\n".join(differing))
+    config = check(order["config"])
+    config.loader.device = ranks.own_device(config.loader.device)
+    parts = Parts(config, order["begun"], ranks=ranks)
+    parts.build()
+    _train(RunDirectory(order["run"]), parts, Reporter(silent()), [], ranks)
+    return {}
 
 
 def is_completed(config: DictConfig, directory: str | Path) -> bool:
@@ -104,18 +162,21 @@ def is_completed(config: DictConfig, directory: str | Path) -> bool:
     return has_nothing_to_do(run, saved, plain, check(plain))
 
 
-def _train(
-    run: RunDirectory, parts: Parts, reporter: Reporter, further: Sequence[Logger] = ()
-) -> dict[str, Any]:
-    config = parts.config
-    loggers: list[Logger] = [JsonlLogger(run.path)]
-    loggers += [
+def own_loggers(run: RunDirectory, config: Config) -> list[Logger]:
+    """The loggers of a configuration, and the one that every run has."""
+    built = [
         build.build(f"logger.{name}", node, directory=run.path)
         for name, node in config.logger.items()
     ]
-    loggers += further
+    return [JsonlLogger(run.path), *built]
+
+
+def _train(
+    run: RunDirectory, parts: Parts, reporter: Reporter, loggers: Sequence[Logger], ranks: Ranks
+) -> dict[str, Any]:
+    ranks.compute_on(parts.device)
     trainer = Trainer(
-        config.trainer,
+        parts.config.trainer,
         run,
         parts.learner,
         parts.optimizer,
@@ -125,6 +186,7 @@ def _train(
         loggers,
         reporter,
         parts.compute_loss,
+        ranks,
     )
     try:
         with trainer.stop:
@@ -133,14 +195,15 @@ def _train(
                 reporter.say(f"resumed from step {trainer.step:,}")
             trainer.fit()
             return finish(run, parts, trainer)
-    except Interrupted:
-        run.write_result(status="interrupted", step=trainer.step, seconds=trainer.elapsed)
-        reporter.say(f"stopped at step {trainer.step:,}; go on with: metabatch resume {run.path}")
-        raise
-    except Stopped as stopped:
-        run.write_result(
-            status="interrupted", step=trainer.step, seconds=trainer.elapsed, error=str(stopped)
-        )
+    except (Interrupted, Stopped) as stopped:
+        if ranks.leads:
+            why = str(stopped) if isinstance(stopped, Stopped) else None
+            run.write_result(
+                status="interrupted", step=trainer.step, seconds=trainer.elapsed, error=why
+            )
+        if isinstance(stopped, Interrupted):
+            further = f"go on with: metabatch resume {run.path}"
+            reporter.say(f"stopped at step {trainer.step:,}; {further}")
         raise
     finally:
         parts.loader.close()
@@ -154,13 +217,15 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     Raises:
         Interrupted: a signal came while training, or comes now; all of the training is saved.
     """
-    if trainer.stop.received is not None:
-        raise Interrupted(trainer.stop.received)
+    if trainer.stopped_by or trainer.has_been_told_to_stop():
+        raise Interrupted(trainer.stopped_by)
     trainer.stop.at_once = True
     best = parts.config.trainer.test_on == "best" and run.best_checkpoint.exists()
     weights = run.best_checkpoint if best else run.last_checkpoint
-    trainer.learner.load_state_dict(checkpoint.load(weights, trainer.device)["learner"])
+    trainer.load_learner(weights)
     evaluation = parts.score()
+    if not trainer.ranks.leads:
+        return {}
     if parts.config.evaluation.figures:
         draw(run, parts, trainer, evaluation)
     trainer.stop.at_once = False

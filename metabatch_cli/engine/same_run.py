@@ -26,6 +26,8 @@ FREE_TO_CHANGE = (
     "trainer.log_every",
     "trainer.max_steps",
     "trainer.max_time",
+    "trainer.processes",
+    "trainer.timeout",
 )
 
 
@@ -42,12 +44,14 @@ def refuse_other_configuration(
 ) -> None:
     """Raise UserError if the run that the directory holds has another configuration."""
     before, now = flatten(saved), flatten(wanted)
+    as_many = before.get("trainer.processes", 1) == now.get("trainer.processes", 1)
     differing = []
     for key in sorted(before.keys() | now.keys()):
         # a run may be older than a key: it was made by what is the default now
         was = before.get(key, defaults().get(key, "not set"))
         is_now = now.get(key, "not set")
-        if was != is_now and not _free(key):
+        shared_anew = key == "trainer.threads" and not as_many
+        if was != is_now and not (_free(key) or shared_anew):
             steps = "trainer.max_steps"
             follows = was == before.get(steps) and is_now == now.get(steps)
             why = f" (it follows {steps}: another schedule is another training)" if follows else ""

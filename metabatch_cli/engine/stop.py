@@ -21,15 +21,16 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While open, SIGINT and SIGTERM set `received` instead of ending the process; so does SIGUSR2
-    where somebody waits for it, as launchers on clusters do, who are told that time is up.
+    """While open, SIGINT and SIGTERM set `received`, zero until then, instead of ending the
+    process; so does SIGUSR2 where somebody waits for it, as launchers on clusters do, who are told
+    that time is up.
 
     A second SIGINT raises KeyboardInterrupt, for whoever does not want to wait. With `at_once`
     a signal raises Interrupted where it comes: when all that matters is saved.
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
         self.at_once = False
         self._before: dict[int, Any] = {}
 
@@ -45,7 +46,7 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None and signum == signal.SIGINT:
+        if self.received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signum
         if self.at_once:

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +19,10 @@ from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.config.schema import TrainerConfig
 from metabatch_cli.engine import checkpoint, random_states
+from metabatch_cli.engine.average import Averaging
 from metabatch_cli.engine.evaluator import evaluate, monitored
 from metabatch_cli.engine.precision import Precision
+from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.engine.run_directory import RunDirectory
 from metabatch_cli.engine.stop import StopSignals
 from metabatch_cli.learners.learner import Learner
@@ -44,6 +47,8 @@ class Trainer:
         loggers: take the rows of metrics.
         reporter: tells a person.
         compute_loss: the learner's loss of tasks, compiled or not; None for the learner itself.
+        ranks: the processes that share this training, each with its own loader, loggers and
+            reporter; only rank zero writes.
     """
 
     def __init__(
@@ -58,8 +63,11 @@ class Trainer:
         loggers: Sequence[Logger],
         reporter: Reporter,
         compute_loss: Callable[[Tasks], Tensor | Differentiated] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
+        self.average = Averaging(learner, self.ranks)
         self.run = run
         self.learner = learner
         self.parameters = list(learner.parameters())
@@ -74,6 +82,7 @@ class Trainer:
         self.metric = monitored(learner.metric, config.monitor)
         self.compute_loss = compute_loss or learner
         self.stop = StopSignals()
+        self.stopped_by = 0  # the signal that ends it on all ranks
 
         self.step = 0
         self.seconds = 0.0  # of training and validation, over all resumes
@@ -105,7 +114,7 @@ class Trainer:
                 if self.due(self.config.checkpoint_every):
                     self.save()
                 profiler.step()
-            if self.stop.received is None and self._validated_at != self.step:
+            if not self.stopped_by and self._validated_at != self.step:
                 self.validate()
             if self._saved_at != self.step:
                 self.save()
@@ -125,12 +134,18 @@ class Trainer:
             and self.evaluations_without_gain >= self.config.patience
         )
         done = self.step >= self.config.max_steps
-        return self.stop.received is not None or done or out_of_time or out_of_patience
+        return self.has_been_told_to_stop(out_of_time) or done or out_of_patience
+
+    def has_been_told_to_stop(self, out_of_time: bool = False) -> bool:
+        """Whether a signal came, or time is over, for any of the ranks: all heed it together."""
+        self.stopped_by, over = self.ranks.largest([self.stop.received, out_of_time])
+        return bool(self.stopped_by or over)
 
     def update(self, tasks: Tasks) -> Tensor:
         """One optimisation step; returns the loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
         self.learner.begin(self.step)
+        self.average.begin()
         total = len(tasks.target_x)
         size = -(-total // self.config.accumulate)
         losses = []
@@ -140,16 +155,18 @@ class Trainer:
             with self.precision.autocast():
                 loss = self.compute_loss(part)
                 if not whole:  # its share of the mean
-                    loss = loss * (self.judged(part) / self.judged(tasks))
+                    loss = loss * (self.judged(part) / max(self.judged(tasks), 1))
             loss.backward()
             losses.append(loss.detach())
+        own_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        loss_of_all = self.average(own_loss, self.judged(tasks))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return loss_of_all
 
     def observe(self, loss: Tensor) -> None:
         """Keep the loss for the next row; notice where it is no longer a number."""
@@ -212,6 +229,7 @@ class Trainer:
             self.precision,
             split="val",
             n_tasks=self.config.eval_tasks,
+            ranks=self.ranks,
         )
         score = evaluation.find("val", self.metric.name)
         if score is None:
@@ -227,10 +245,9 @@ class Trainer:
         self.evaluations_without_gain = 0 if better else self.evaluations_without_gain + 1
         if better:
             self.best = score
-            checkpoint.save(
-                self.run.best_checkpoint,
-                {"learner": self.learner.state_dict(), "step": self.step, "score": score},
-            )
+            state = {"learner": self.learner.state_dict(), "step": self.step, "score": score}
+            if self.ranks.leads:
+                checkpoint.save(self.run.best_checkpoint, state)
         self._validated_at = self.step
         self.reporter.validated(self.step, self.metric.name, score, better)
 
@@ -238,8 +255,10 @@ class Trainer:
         """Write last.pt: everything that the next step depends on."""
         self.refuse_bad_numbers()
         self._tick()
-        checkpoint.save(self.run.last_checkpoint, self.state_dict())
-        self.run.write_result(step=self.step, seconds=self.elapsed)
+        state = self.state_dict()
+        if self.ranks.leads:
+            checkpoint.save(self.run.last_checkpoint, state)
+            self.run.write_result(step=self.step, seconds=self.elapsed)
         self._saved_at = self.step
 
     # --- their parts -------------------------------------------------------------------------
@@ -249,11 +268,10 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.max_steps
 
     def judged(self, tasks: Tasks) -> int | Tensor:
-        """How many tasks the mean in a loss is over: those with targets; at least one."""
+        """How many tasks the mean in a loss is over: those with targets."""
         if tasks.target_mask is None:
             return len(tasks.target_x)
-        with_targets = tasks.target_mask.any(dim=1)
-        return with_targets.sum(dtype=self.precision.dtype).clamp(min=1)
+        return tasks.target_mask.any(dim=1).sum(dtype=self.precision.dtype)
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of metrics to all loggers."""
@@ -269,7 +287,7 @@ class Trainer:
     @contextlib.contextmanager
     def profiler(self) -> Iterator[Any]:
         """torch's profiler over steps 2 to 25, where it is asked for."""
-        if not self.config.profile:
+        if not self.config.profile or not self.ranks.leads:
             yield _NoProfiler()
             return
         few = torch.profiler.schedule(wait=0, warmup=1, active=24, repeat=1)
@@ -288,6 +306,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All of a checkpoint."""
+        own, *others = self.ranks.gather(random_states.random_states())
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -295,7 +314,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "loader": self.loader.state_dict(),
-            "random": random_states.random_states(),
+            "random": own,
+            "random_of_others": others,
             "best": self.best,
             "evaluations_without_gain": self.evaluations_without_gain,
             "validated_at": self._validated_at,
@@ -303,10 +323,16 @@ class Trainer:
             "counted": self._counted,
         }
 
+    def load_learner(self, file: Path) -> None:
+        """Give the learner the weights of a checkpoint that rank zero has."""
+        found = checkpoint.load(file, self.device)["learner"] if self.ranks.leads else None
+        self.learner.load_state_dict(self.ranks.from_leader(found))
+
     def restore(self) -> None:
         """Go on from last.pt, where there is one; forget rows that were logged after it."""
-        if self.run.last_checkpoint.exists():
-            state = checkpoint.load(self.run.last_checkpoint, self.device)
+        saved = self.ranks.leads and self.run.last_checkpoint.exists()
+        state = checkpoint.load(self.run.last_checkpoint, self.device) if saved else None
+        if state := self.ranks.from_leader(state):
             self.learner.load_state_dict(state["learner"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None:
@@ -315,8 +341,8 @@ class Trainer:
                 self.loader.load_state_dict(state["loader"])
             except StateMismatch as error:
                 raise UserError(f"{self.run.last_checkpoint}: {error}") from error
-            random_states.restore_random_states(state["random"])
             self.step = state["step"]
+            self._restore_random_states(state["random"], state.get("random_of_others", []))
             self.seconds = state["seconds"]
             self.best = state["best"]
             self.evaluations_without_gain = state["evaluations_without_gain"]
@@ -324,8 +350,20 @@ class Trainer:
             self._saved_at = self.step
             self._losses.fill_(state["losses"])
             self._counted = state["counted"]
+        elif not self.ranks.leads:
+            self._restore_random_states({}, [])
         for logger in self.loggers:
             logger.rewind(self.step)
+
+    def _restore_random_states(self, of_leader: dict[str, Any], others: list[Any]) -> None:
+        """Set the global generators; of a rank that is new here, to numbers of its own."""
+        rank = self.ranks.rank
+        if self.ranks.leads:
+            random_states.restore_random_states(of_leader)
+        elif rank <= len(others):
+            random_states.restore_random_states(others[rank - 1])
+        else:
+            random_states.seed_everything(self.loader.seed, f"rank {rank}", self.step)
 
     @property
     def elapsed(self) -> float:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -60,9 +61,24 @@ def settings(*overrides: str) -> DictConfig:
 
 def settings_of(taskset: str, *overrides: str) -> DictConfig:
     """The same with a task set of this file that knows nothing but its sizes."""
-    config = settings(*overrides).copy()
+    return with_taskset(settings(*overrides), taskset)
+
+
+def with_taskset(config: DictConfig, taskset: str) -> DictConfig:
+    """A configuration with a task set of this file that knows nothing but its sizes."""
+    config = config.copy()
     sizes = {"min_pts": 1, "max_ctx_pts": 5, "max_tgt_pts": 9}
     config.taskset = OmegaConf.create({"_target_": f"{HERE}.{taskset}", **sizes})
+    return config
+
+
+def asked(*words: str) -> DictConfig:
+    """A configuration from overrides; `tasks of NAME` among them chooses a task set of here."""
+    mine = "tasks of "
+    config = compose(*(word for word in words if not word.startswith(mine)))
+    for word in words:
+        if word.startswith(mine):
+            config = with_taskset(config, word.removeprefix(mine))
     return config
 
 
@@ -246,6 +262,13 @@ class Scripted(Learner):
 
     def predict(self, context_x: Tensor, context_y: Tensor, target_x: Tensor):
         return self.model(context_x, context_y, target_x)
+
+
+class FailingSecond(Scripted):
+    """Fails, unless it is rank zero's."""
+
+    def __init__(self, model: nn.Module, fail_at: int) -> None:
+        super().__init__(model, fail_at=fail_at if os.environ.get("RANK") == "1" else 0)
 
 
 # --- task sets -------------------------------------------------------------------------------

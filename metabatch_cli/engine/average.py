@@ -1,0 +1,232 @@
+"""Gradients and running statistics of a step, over all ranks: one flat bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metabatch_cli.engine.ranks import Ranks
+
+
+class Averaging:
+    """Makes of every rank's loss, gradients and statistics those of the whole batch.
+
+    With n_r tasks that count on rank r, loss and gradients are `Σ n_r g_r / Σ n_r`: the mean over
+    tasks that a single process takes.
+
+    Args:
+        learner: where it computes.
+        ranks: who shares the batch, in parts of as many tasks; if there is one, nothing happens.
+    """
+
+    def __init__(self, learner: nn.Module, ranks: Ranks) -> None:
+        self.ranks = ranks
+        if ranks.size == 1:
+            return
+        self._parts: list[_Part] = [_Gradients(learner), _Followed(learner, ranks), _Moved(learner)]
+        examples = [tensor for part in self._parts for tensor in part.examples]
+        dtype = reduce(torch.promote_types, [e.dtype for e in examples], torch.float32)
+        sizes = [2, *(example.numel() for example in examples)]
+        device = examples[0].device if examples else None
+        self._bucket = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        self._head, *flat = self._bucket.split(sizes)
+        views = iter([view.view(e.shape) for view, e in zip(flat, examples, strict=True)])
+        self._views = [[next(views) for _ in part.examples] for part in self._parts]
+
+    def begin(self) -> None:
+        """Before the learner looks at tasks."""
+        if self.ranks.size > 1:
+            for part in self._parts:
+                part.begin()
+
+    @torch.no_grad()
+    def __call__(self, loss: Tensor, tasks: int | Tensor) -> Tensor:
+        """Average over ranks, in place.
+
+        Args:
+            loss: the mean of this rank's.
+            tasks: how many of its tasks count.
+
+        Returns:
+            The loss of the whole batch.
+        """
+        if self.ranks.size == 1:
+            return loss
+        self._bucket.zero_()
+        self._head[0] = tasks
+        self._head[1] = loss * tasks
+        for part, views in zip(self._parts, self._views, strict=True):
+            part.put(views, tasks)
+        self.ranks.sum(self._bucket)
+        total = self._head[0].clamp(min=1)
+        for part, views in zip(self._parts, self._views, strict=True):
+            part.take(views, total)
+        return self._head[1] / total
+
+
+class _Part(Protocol):
+    """What of a learner goes into the bucket, and comes out of it."""
+
+    @property
+    def examples(self) -> list[Tensor]:
+        """Tensors as large as the places that it needs."""
+
+    def begin(self) -> None:
+        """Before the learner looks at tasks."""
+
+    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+        """Put what this rank has into places that are zero, to be added up over ranks."""
+
+    def take(self, views: list[Tensor], tasks: Tensor) -> None:
+        """Take out what the places add up to over all tasks."""
+
+
+class _Gradients:
+    """The mean of gradients. A weight that no rank's tasks used has none."""
+
+    def __init__(self, learner: nn.Module) -> None:
+        self.parameters = [weight for weight in learner.parameters() if weight.requires_grad]
+        there = torch.zeros(len(self.parameters), device=_device(self.parameters))
+        self.examples = [there, *self.parameters]
+
+    def begin(self) -> None:
+        pass
+
+    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+        there, *gradients = views
+        found = [weight.grad is not None for weight in self.parameters]
+        there.copy_(torch.tensor(found, dtype=there.dtype))
+        _copy([weight.grad for weight in self.parameters], gradients)
+        if gradients:
+            torch._foreach_mul_(gradients, tasks)
+
+    def take(self, views: list[Tensor], tasks: Tensor) -> None:
+        there, *gradients = views
+        if any(weight.grad is None for weight in self.parameters):  # elsewhere it may not be
+            for weight, count in zip(self.parameters, there.tolist(), strict=True):
+                if weight.grad is None and count:
+                    weight.grad = torch.empty_like(weight)
+        if gradients:
+            torch._foreach_div_(gradients, tasks)
+        # not the views themselves: fused optimizers want gradients that lie as their weights do
+        _copy(gradients, [weight.grad for weight in self.parameters])
+
+
+class _Buffer(NamedTuple):
+    """A buffer by where it stands: a network may replace the tensor."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return cast(Tensor, getattr(self.module, self.name))
+
+
+class _Followed:
+    """Running averages of batch normalisation, which follow one task after the other.
+
+    Rank zero's tasks come first, then those of rank one, and so on, as in a single process: with
+    momentum m and k tasks a rank, `b` becomes `aᴿ b + Σ_r aᴿ⁻¹⁻ʳ (b_r − a b)`, a = (1 − m)ᵏ.
+    """
+
+    def __init__(self, learner: nn.Module, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.layers = [layer for layer in learner.modules() if _follows(layer)]
+        self.buffers = [
+            _Buffer(layer, name)
+            for layer in self.layers
+            for name in ("running_mean", "running_var")
+        ]
+        self._before: list[Tensor] = []
+        self._counts: list[Tensor] = []
+
+    @property
+    def examples(self) -> list[Tensor]:
+        return [buffer.tensor for buffer in self.buffers]
+
+    def begin(self) -> None:
+        self._before = [buffer.tensor.clone() for buffer in self.buffers]
+        self._counts = [
+            _Buffer(layer, "num_batches_tracked").tensor.clone() for layer in self.layers
+        ]
+
+    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+        later = self.ranks.size - 1 - self.ranks.rank
+        for view, buffer, before, kept in zip(
+            views, self.buffers, self._before, self._kept(), strict=True
+        ):
+            view.copy_((buffer.tensor - kept * before) * kept**later)
+
+    def take(self, views: list[Tensor], tasks: Tensor) -> None:
+        for view, buffer, before, kept in zip(
+            views, self.buffers, self._before, self._kept(), strict=True
+        ):
+            buffer.tensor.copy_(kept**self.ranks.size * before + view)
+        for layer, count in zip(self.layers, self._counts, strict=True):
+            now = _Buffer(layer, "num_batches_tracked").tensor
+            now.copy_(count + (now - count) * self.ranks.size)
+
+    def _kept(self) -> list[Tensor]:
+        """What part of each average is left of what it was before."""
+        shares = []
+        for layer, count in zip(self.layers, self._counts, strict=True):
+            tasks = _Buffer(layer, "num_batches_tracked").tensor - count
+            share = (1 - cast(float, layer.momentum)) ** tasks.to(self.examples[0].dtype)
+            shares += [share, share]  # of mean and variance
+        return shares
+
+
+class _Moved:
+    """Other buffers that are saved: they move by the mean of what they moved by on the ranks.
+
+    So what is a constant stays what it is, to the bit.
+    """
+
+    def __init__(self, learner: nn.Module) -> None:
+        saved = learner.state_dict().keys()
+        self.buffers = [
+            _Buffer(module, name)
+            for prefix, module in learner.named_modules()
+            if not _follows(module)
+            for name, buffer in module.named_buffers(recurse=False)
+            if (f"{prefix}.{name}" if prefix else name) in saved and buffer.is_floating_point()
+        ]
+        self._before: list[Tensor] = []
+
+    @property
+    def examples(self) -> list[Tensor]:
+        return [buffer.tensor for buffer in self.buffers]
+
+    def begin(self) -> None:
+        self._before = [buffer.tensor.clone() for buffer in self.buffers]
+
+    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+        for view, buffer, before in zip(views, self.buffers, self._before, strict=True):
+            view.copy_((buffer.tensor - before) * tasks)
+
+    def take(self, views: list[Tensor], tasks: Tensor) -> None:
+        for view, buffer, before in zip(views, self.buffers, self._before, strict=True):
+            buffer.tensor.copy_(before + view / tasks)
+
+
+def _follows(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.track_running_stats and bool(module.momentum)
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device | None:
+    return tensors[0].device if tensors else None
+
+
+def _copy(sources: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> None:
+    """Copy tensors, all at once, to where there are both a source and a place for it."""
+    pairs = zip(sources, places, strict=True)
+    both = [(place, own) for own, place in pairs if own is not None and place is not None]
+    if both:
+        to, of = zip(*both, strict=True)
+        torch._foreach_copy_(to, of)

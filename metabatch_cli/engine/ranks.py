@@ -1,0 +1,244 @@
+"""The processes that share a training: what they tell each other, and who of them is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metabatch_cli.config.errors import UserError, explain
+
+T = TypeVar("T")
+
+_BEAT = 0.5  # seconds between two signs of life
+_SILENCE = 5.0  # seconds without one after which a rank counts as gone
+
+
+class RankLost(UserError):
+    """Another process of this training failed or is gone; says which one, and what it said."""
+
+
+class Ranks:
+    """The processes of one training, as one of them sees it. This one is alone.
+
+    Attributes:
+        rank: its number; rank zero, the leader, decides, writes and reports.
+        size: how many there are. Each makes its part of every batch, and all hold the same weights.
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank zero."""
+        return self.rank == 0
+
+    def from_leader(self, thing: T | None = None) -> T:
+        """What rank zero gives, on every rank; there, `thing`."""
+        return cast(T, thing)
+
+    def gather(self, thing: T) -> list[T]:
+        """What every rank gives, by rank, on every rank."""
+        return [thing]
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of what the ranks give, number by number, on every rank."""
+        return list(numbers)
+
+    def sum(self, numbers: Tensor) -> None:
+        """Add up the numbers of all ranks, in place, on every rank to the same bits."""
+
+    def own_device(self, device: str) -> str:
+        """The device of this rank, where `device` is what all compute on."""
+        return device
+
+    def compute_on(self, device: torch.device) -> None:
+        """Told where the numbers of `sum` will be."""
+
+
+class Group(Ranks):
+    """Several processes, over gloo; sums on GPUs go over NCCL where each rank has its own.
+
+    A rank that fails leaves its words for the others, and each gives a sign of life twice a second,
+    so that those who wait in vain can say what happened. They meet when they first need each other.
+
+    Args:
+        store: reached by all; keeps the words and signs.
+        rank, size: of this process, of the group.
+        local_rank: of this process among those on its machine.
+        timeout: seconds after which waiting for another rank is in vain.
+        what_ended: tells of processes that this one started and that are gone, by rank.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        local_rank: int,
+        timeout: float,
+        what_ended: Callable[[], dict[int, str]] = dict,
+    ) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._store = dist.PrefixStore("metabatch", store)
+        self._timeout = timedelta(seconds=timeout)
+        self._what_ended = what_ended
+        self._store.set(f"place/{rank}", f"process {os.getpid()} on {os.uname().nodename}")
+        # another connection: one that waits would keep the signs back
+        self._heart = _Heart(dist.PrefixStore("metabatch", cast(Any, store).clone()), rank)
+        self._bulk: dist.ProcessGroup | None = None
+
+    def _meet(self) -> None:
+        """Wait until all are ready; gloo would not notice that one died on its way."""
+        until = time.monotonic() + self._timeout.total_seconds()
+        self._store.set(f"ready/{self.rank}", "")
+        missing = set(range(self.size))
+        while missing := {rank for rank in missing if not self._store.check([f"ready/{rank}"])}:
+            failed = any(self._store.check([f"failed/{rank}"]) for rank in missing)
+            if failed or self._what_ended() or time.monotonic() > until:
+                raise RuntimeError(f"{len(missing)} of {self.size} did not come")
+            time.sleep(0.02)
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("gloo", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=self._timeout,
+        )
+
+    # --- what they tell each other -----------------------------------------------------------
+
+    def from_leader(self, thing: T | None = None) -> T:
+        box = [thing]
+        with self._waiting():
+            dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
+
+    def gather(self, thing: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        with self._waiting():
+            dist.all_gather_object(found, thing)
+        return found
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        found = torch.tensor(numbers, dtype=torch.int64)
+        with self._waiting():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def sum(self, numbers: Tensor) -> None:
+        with self._waiting():
+            dist.all_reduce(numbers, group=self._bulk)
+
+    def own_device(self, device: str) -> str:
+        if device != "cuda":
+            return device
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+
+    def compute_on(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            return
+        torch.cuda.set_device(device)
+        alone_on_it = self.local_rank < torch.cuda.device_count()
+        if all(self.gather(alone_on_it and dist.is_nccl_available())):
+            with self._waiting():
+                self._bulk = dist.new_group(backend="nccl", timeout=self._timeout)
+
+    # --- who is gone -------------------------------------------------------------------------
+
+    def failed(self, error: BaseException) -> None:
+        """Leave this rank's words for the others."""
+        words = {"said": explain(error), "trace": "".join(traceback.format_exception(error))}
+        with suppress(RuntimeError):  # nobody is there to read them
+            self._store.set(f"failed/{self.rank}", json.dumps(words))
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """While others are needed; they are met when they first are."""
+        try:
+            if not dist.is_initialized():
+                self._meet()
+            yield
+        except RuntimeError as error:
+            raise self._lost(str(error).splitlines()[0]) from error
+
+    def _lost(self, cause: str) -> RankLost:
+        try:
+            return self._who_is_gone(cause)
+        except RuntimeError:
+            return RankLost("rank 0, which holds the processes together, is gone")
+
+    def _who_is_gone(self, cause: str) -> RankLost:
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        beats: dict[int, tuple[bytes, float]] = {}
+        until = time.monotonic() + 2 * _SILENCE
+        while time.monotonic() < until:
+            for rank in others:
+                if self._store.check([f"failed/{rank}"]):
+                    words = json.loads(self._store.get(f"failed/{rank}"))
+                    lost = RankLost(f"{self._name(rank)} failed: {words['said']}")
+                    lost.add_note(words["trace"])
+                    return lost
+            for rank, how in self._what_ended().items():
+                return RankLost(f"{self._name(rank)} {how}")
+            for rank in others:
+                key = f"beat/{rank}"
+                beat = self._store.get(key) if self._store.check([key]) else b""
+                last, since = beats.get(rank, (None, time.monotonic()))
+                if beat != last:
+                    beats[rank] = beat, time.monotonic()
+                elif time.monotonic() - since > _SILENCE:
+                    return RankLost(f"{self._name(rank)} is gone")
+            time.sleep(0.05)
+        return RankLost(f"the processes lost each other: {cause}")
+
+    def _name(self, rank: int) -> str:
+        known = self._store.check([f"place/{rank}"])
+        where = f" ({self._store.get(f'place/{rank}').decode()})" if known else ""
+        return f"rank {rank} of {self.size}{where}"
+
+    @property
+    def leader_is_there(self) -> bool:
+        """Whether rank zero can still be told, and will tell."""
+        try:
+            return self._store.check(["place/0"])
+        except RuntimeError:
+            return False
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._heart.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _Heart(threading.Thread):
+    """Signs of life, also while the process waits for others or computes."""
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        super().__init__(name="signs of life", daemon=True)
+        self._store, self._key = store, f"beat/{rank}"
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        beats = 0
+        with suppress(RuntimeError):  # the store is gone, and all is over
+            while not self._stopped.wait(_BEAT):
+                beats += 1
+                self._store.set(self._key, str(beats))
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()

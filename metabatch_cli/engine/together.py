@@ -1,0 +1,217 @@
+"""How the processes of a training come together: torchrun started them, or the first one does.
+
+    torchrun --nnodes 2 --nproc-per-node 4 … -m metabatch_cli train +experiment=cnp_gp \\
+        loader.shards=8 hydra.run.dir=DIR
+    metabatch train +experiment=cnp_gp trainer.processes=4 loader.shards=4
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from metabatch_cli.batching.auto import RANKS_HERE
+from metabatch_cli.config.beside import is_under_torchrun
+from metabatch_cli.engine.ranks import Group, RankLost, Ranks
+
+_PATIENCE = 20.0  # seconds for processes to end by themselves
+_PR_SET_PDEATHSIG = 1  # of prctl(2): <sys/prctl.h>
+_SIOCGIFADDR = 0x8915  # of ioctl(2): <linux/sockios.h>
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_FOLLOWER = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from metabatch_cli.engine.together import follow_parent
+follow_parent(int(sys.argv[2]))
+"""
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[Ranks]:
+    """The group that this process was started in; alone, where there is none.
+
+    What a rank other than zero fails by, rank zero tells; there it ends the process with exit
+    code 1.
+
+    Args:
+        timeout: seconds that the processes wait for each other.
+    """
+    if not is_under_torchrun():
+        yield Ranks()
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _heed_end_of_parent(signal.SIGTERM)  # a torchrun that is killed leaves its processes
+    with _reachable(os.environ["MASTER_ADDR"]):
+        place = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+        store = dist.PrefixStore(f"training {next(place.trainings)}", place.store)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        with _closed(Group(store, rank, size, local_rank, timeout)) as group:
+            yield group
+
+
+class _Place(NamedTuple):
+    """Where processes meet."""
+
+    store: dist.Store
+    trainings: Iterator[int]
+    """Counts those of this process; the others count the same."""
+
+
+@functools.cache
+def _meeting_place(address: str, port: str) -> _Place:
+    """What torchrun's processes all reach, for as long as they live."""
+    store, _, _ = next(rendezvous("env://"))
+    return _Place(store, itertools.count())
+
+
+@contextmanager
+def started(processes: int, timeout: float) -> Iterator[Ranks]:
+    """A group of this process, its rank zero, and others on this machine that follow it.
+
+    They end with the block, and with this process however that ends.
+
+    Args:
+        processes: how many, this one included.
+        timeout: seconds that they wait for each other.
+    """
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+    ours = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(processes),
+        RANKS_HERE: str(processes),
+    }
+    command = [sys.executable, "-c", _FOLLOWER, json.dumps(sys.path), str(os.getpid())]
+    followers: dict[int, subprocess.Popen[bytes]] = {}
+
+    def what_ended() -> dict[int, str]:
+        codes = {rank: follower.poll() for rank, follower in followers.items()}
+        return {rank: _how(code) for rank, code in codes.items() if code is not None}
+
+    before = os.environ.get(RANKS_HERE)
+    os.environ[RANKS_HERE] = str(processes)  # of the cores each has its share
+    try:
+        for rank in range(1, processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "METABATCH_TIMEOUT": str(timeout)}
+            followers[rank] = subprocess.Popen(command, env=os.environ | ours | own)
+        with (
+            _reachable("127.0.0.1"),
+            _closed(Group(store, 0, processes, 0, timeout, what_ended)) as group,
+        ):
+            yield group
+    finally:
+        for follower in followers.values():
+            _end(follower)
+        os.environ.pop(RANKS_HERE)
+        if before is not None:
+            os.environ[RANKS_HERE] = before
+
+
+def follow_parent(parent: int) -> None:
+    """A process that `started` starts: it does as rank zero says, and ends when that one does."""
+    _heed_end_of_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it could be watched
+        sys.exit(1)
+    from metabatch_cli.engine.run import follow
+
+    try:
+        with joined(float(os.environ["METABATCH_TIMEOUT"])) as ranks:
+            follow(ranks)
+    except (Exception, KeyboardInterrupt):
+        if "METABATCH_DEBUG" in os.environ:
+            raise
+        sys.exit(1)  # the parent tells
+
+
+def _heed_end_of_parent(signum: int) -> None:
+    """Ask for a signal when the parent process ends; on Linux one can."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+
+
+@contextmanager
+def _closed(group: Group) -> Iterator[Group]:
+    """Meanwhile; how it ends, the others learn."""
+    try:
+        yield group
+    except BaseException as error:
+        group.failed(error)
+        if isinstance(error, RankLost) and not group.leads and group.leader_is_there:
+            raise SystemExit(1) from error
+        raise
+    finally:
+        group.close()
+
+
+@contextmanager
+def _reachable(leader: str) -> Iterator[None]:
+    """Meanwhile gloo listens where rank zero's machine is reached from, unless it is told where.
+
+    By itself it takes the interface of what the host name stands for, which often is none that
+    others can reach.
+    """
+    interface = None if _INTERFACE in os.environ else _interface_towards(leader)
+    if interface is None:
+        yield
+        return
+    os.environ[_INTERFACE] = interface
+    try:
+        yield
+    finally:
+        del os.environ[_INTERFACE]
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface by which a host is reached; None where that cannot be told."""
+    import fcntl
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        if own.startswith("127."):
+            return "lo" if sys.platform.startswith("linux") else "lo0"
+        for _, name in socket.if_nameindex() if sys.platform.startswith("linux") else []:
+            with suppress(OSError):
+                question = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, question)
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None
+
+
+def _how(code: int) -> str:
+    """How a process ended, from its exit code."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+def _end(follower: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that should end by itself; then see to it."""
+    for wait, end in ((_PATIENCE, follower.terminate), (5.0, follower.kill)):
+        try:
+            follower.wait(wait)
+            return
+        except subprocess.TimeoutExpired:
+            end()
+    follower.wait()

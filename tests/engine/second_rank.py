@@ -1,0 +1,28 @@
+"""The other process of `test_ranks.py`: it makes the same calls, and rank zero decides.
+
+python -m tests.engine.second_rank [JSON: a list of the overrides of each training]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from metabatch_cli.engine.run import train
+from tests.engine.examples import asked
+
+
+def main() -> None:
+    torch.seed()  # whatever this process has drawn before must not matter
+    for overrides in json.loads(sys.argv[1]):
+        try:
+            train(asked(*overrides), Path("nobody writes here"))
+        except (Exception, SystemExit) as error:
+            print(type(error).__name__, error, flush=True)
+
+
+if __name__ == "__main__":
+    main()
