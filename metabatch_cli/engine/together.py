@@ -58,11 +58,16 @@ def joined(timeout: float) -> Iterator[Ranks]:
         _heed_end_of_parent(signal.SIGTERM)  # a torchrun that is killed leaves its processes
     with _reachable(os.environ["MASTER_ADDR"]):
         place = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-        store = dist.PrefixStore(f"training {next(place.trainings)}", place.store)
+        store = _room(place.store, next(place.trainings))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         with _closed(Group(store, rank, size, local_rank, timeout)) as group:
             yield group
+
+
+def _room(store: dist.Store, training: int) -> dist.Store:
+    """The part of a store that is of one training."""
+    return dist.PrefixStore(f"training {training}", store)
 
 
 class _Place(NamedTuple):
@@ -114,7 +119,7 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
             followers[rank] = subprocess.Popen(command, env=os.environ | ours | own)
         with (
             _reachable("127.0.0.1"),
-            _closed(Group(store, 0, processes, 0, timeout, what_ended)) as group,
+            _closed(Group(_room(store, 0), 0, processes, 0, timeout, what_ended)) as group,
         ):
             yield group
     finally:

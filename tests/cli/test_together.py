@@ -16,8 +16,11 @@ import pytest
 
 from tests.cli.program import PATIENCE, TINY, metabatch, start, wait_until
 
-TWO = ("train", *TINY, "loader.shards=2", "loader.workers=1", "hydra.run.dir=run")
-LONG = ("trainer.max_steps=1000000", "trainer.checkpoint_every=50")
+TWO = (
+    *("train", *TINY, "loader.shards=2", "loader.workers=1", "hydra.run.dir=run"),
+    *("scheduler=none", "trainer.checkpoint_every=50"),
+)
+LONG = ("trainer.max_steps=1000000",)
 SHARED = (*TWO, *LONG, "trainer.processes=2")
 
 
@@ -26,16 +29,20 @@ def result(folder: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def children(process: int) -> set[int]:
-    """Its child processes, and theirs."""
+def own_children(process: int) -> set[int]:
     folder = Path(f"/proc/{process}/task")
     files = folder.glob("*/children") if folder.exists() else []
-    found = {int(word) for file in files for word in file.read_text().split()}
+    return {int(word) for file in files for word in file.read_text().split()}
+
+
+def children(process: int) -> set[int]:
+    """Its child processes, and theirs."""
+    found = own_children(process)
     return found.union(*map(children, found))
 
 
 def second_rank(process: int) -> int:
-    for child in children(process):
+    for child in own_children(process):
         if b"follow_parent" in Path(f"/proc/{child}/cmdline").read_bytes():
             return child
     raise LookupError
@@ -171,7 +178,7 @@ def end_host(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_hosts")
 def test_two_hosts_train_together_and_one_may_be_killed_and_come_back(tmp_path):
-    words = (*TWO, "trainer.max_steps=1000", "trainer.checkpoint_every=50", "trainer.precision=64")
+    words = (*TWO, "trainer.max_steps=1000", "trainer.precision=64")
 
     def host(name: str) -> subprocess.Popen[bytes]:
         torchrun = [TORCHRUN[0], "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
