@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 JOBS = "METABATCH_JOBS"  # how many jobs share the machine
+CORES = "METABATCH_CORES"  # how many of its cores a launcher gave to a job
 
 _ENOUGH = 0.2  # seconds of measuring
 _FEWEST, _MOST = 3, 20  # measurements
@@ -63,12 +64,13 @@ def choose_workers(
 
 
 def cores() -> int:
-    """CPU cores that this process may use: of a Slurm job its own, of `$METABATCH_JOBS` jobs at a
-    time each its share."""
+    """CPU cores that this process may use: of a Slurm job its own, so of one that has
+    `$METABATCH_CORES`, of `$METABATCH_JOBS` jobs at a time each its share."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     here = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    of_job = os.environ.get("SLURM_CPUS_PER_TASK", "")  # whose cluster may bind it to none
-    here = min(here, int(of_job)) if of_job.isdigit() and int(of_job) else here
+    for name in ("SLURM_CPUS_PER_TASK", CORES):  # nobody may have bound it to them
+        of_job = os.environ.get(name, "")
+        here = min(here, int(of_job)) if of_job.isdigit() and int(of_job) else here
     jobs = os.environ.get(JOBS, "")
     return max(here // int(jobs), 1) if jobs.isdigit() and int(jobs) else here
 
