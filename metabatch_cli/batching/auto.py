@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 JOBS = "METABATCH_JOBS"  # how many jobs share the machine
-RANKS_HERE = "LOCAL_WORLD_SIZE"  # how many processes of a job do, as torchrun says
+CORES = "METABATCH_CORES"  # how many of its cores a launcher gave to a job
+RANKS_HERE = "LOCAL_WORLD_SIZE"  # how many processes of a job share them, as torchrun says
 
 _ENOUGH = 0.2  # seconds of measuring
 _FEWEST, _MOST = 3, 20  # measurements
@@ -64,15 +65,22 @@ def choose_workers(
 
 
 def cores() -> int:
-    """CPU cores that this process may use: of a Slurm job its own, of `$METABATCH_JOBS` jobs at a
-    time, and of the processes of one, each its share."""
+    """CPU cores that this process may use: of a Slurm job its own, so of one that has
+    `$METABATCH_CORES`; of `$METABATCH_JOBS` jobs at a time, and of several processes of one, each
+    its share."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     here = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    of_job = os.environ.get("SLURM_CPUS_PER_TASK", "")  # whose cluster may bind it to none
-    here = min(here, int(of_job)) if of_job.isdigit() and int(of_job) else here
-    for sharers in (os.environ.get(JOBS, ""), os.environ.get(RANKS_HERE, "")):
-        here = max(here // int(sharers), 1) if sharers.isdigit() and int(sharers) else here
+    for name in ("SLURM_CPUS_PER_TASK", CORES):  # nobody may have bound it to them
+        here = min(here, _number(name) or here)
+    for name in (JOBS, RANKS_HERE):
+        here = max(here // (_number(name) or 1), 1)
     return here
+
+
+def _number(name: str) -> int | None:
+    """What an environment variable says, if that is a number."""
+    said = os.environ.get(name, "")
+    return int(said) if said.isdigit() else None
 
 
 def measure(action: Callable[[], object]) -> float:

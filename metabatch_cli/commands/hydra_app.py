@@ -45,9 +45,10 @@ def launch(
     from hydra.core.plugins import Plugins
 
     Plugins.instance()  # which makes the classes of Hydra's own plugins anew: only then
-    from metabatch_cli.sweeps import sweeper
+    from metabatch_cli.sweeps import ray_launcher, sweeper
 
     sweeper.register()
+    ray_launcher.register()
     register_resolvers()
     if words is not None:
         options, overrides = sorted_out(words)

@@ -40,24 +40,20 @@ def jobs_at_once() -> int:
 def sharing(launcher: Any, config: DictConfig, waiting: int) -> Iterator[None]:
     """While jobs of this process's sweep run beside each other, if its launcher has any do so.
 
-    No more at a time than there are, and each with its share of the cores: by `$OMP_NUM_THREADS`,
-    unless that is set to less.
+    No more at a time than there are, and each with its share of the cores.
     """
     from metabatch_cli.batching.auto import JOBS, cores
 
     wanted = OmegaConf.select(config, "launcher.jobs")
-    if wanted is None:
+    if wanted is None or not hasattr(launcher, "joblib"):
         yield
         return
     jobs = max(min(int(wanted), waiting), 1)
-    share = max(cores() // jobs, 1)
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(share, int(given)) if given.isdigit() and int(given) else share
+    threads = threads_of(max(cores() // jobs, 1))
     own = {JOBS: jobs, SWEEP: os.getpid(), "OMP_NUM_THREADS": threads}
     before = {name: os.environ.get(name) for name in own}
     os.environ |= {name: str(value) for name, value in own.items()}
-    if hasattr(launcher, "joblib"):
-        launcher.joblib["n_jobs"] = jobs
+    launcher.joblib["n_jobs"] = jobs
     try:
         yield
     finally:
@@ -65,6 +61,12 @@ def sharing(launcher: Any, config: DictConfig, waiting: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def threads_of(share: int) -> int:
+    """A job's `$OMP_NUM_THREADS`: its share of the cores, unless that is set to less."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(given)) if given.isdigit() and int(given) else share
 
 
 _claims: dict[int, tuple[int, IO[str]]] = {}  # by the sweep's process: a device, a locked file

@@ -65,6 +65,15 @@ def record_failure(directory: Path, overrides: Iterable[str], message: str) -> N
         run.write_result(status="failed", step=0, seconds=0.0, error=message, metrics={})
 
 
+def record_loss(directory: Path, overrides: Iterable[str], message: str) -> None:
+    """Leave a word of a job whose process could not."""
+    run = RunDirectory(directory)
+    if run.read_result().get("status") == "running":
+        run.write_result(status="failed", error=message)
+    else:
+        record_failure(directory, overrides, message)
+
+
 def _as_file_name(text: str) -> str:
     name = re.sub(r"[^\w.=,+-]", "_", text) or "job"
     if len(name) <= LONGEST and name in (text, "job"):
