@@ -38,6 +38,8 @@ def resolve(
             before = select(saved or {}, key)
             if key == "trainer.threads" and not as_many:  # the cores are shared otherwise now
                 before = None
+            if key == "loader.device" and str(before).startswith("cuda"):  # any of them will do
+                before = None
             OmegaConf.update(config, key, choose(config) if before is None else before)
     for key, value in leaves(OmegaConf.to_container(config)):
         before = select(saved or {}, key)

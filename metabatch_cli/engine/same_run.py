@@ -51,6 +51,7 @@ def refuse_other_configuration(
         was = before.get(key, defaults().get(key, "not set"))
         is_now = now.get(key, "not set")
         shared_anew = key == "trainer.threads" and not as_many
+        shared_anew |= key == "loader.device" and _kind(was) == _kind(is_now)
         if was != is_now and not (_free(key) or shared_anew):
             steps = "trainer.max_steps"
             follows = was == before.get(steps) and is_now == now.get(steps)
@@ -98,6 +99,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
+
+
+def _kind(device: Any) -> str:
+    return str(device).partition(":")[0]
 
 
 def _free(key: str) -> bool:

@@ -6,6 +6,7 @@ and of several failures shows the first.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,9 +55,22 @@ class ResumableSweeper(BasicSweeper):
     Run again with the same `hydra.sweep.dir`, with further values or without, a sweep leaves out
     the jobs that are completed there, goes on with those that were cut short, and tries the failed
     ones once more.
+
+    Args:
+        max_batch_size, params: as of Hydra's own sweeper.
+        retry_failed: whether jobs that failed before are tried again.
     """
 
     __module__ = AMONG_PLUGINS
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        retry_failed: bool = True,
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        self.retry_failed = retry_failed
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Run what is not completed yet; exits with 1, after all the others, if a job failed."""
@@ -65,6 +79,8 @@ class ResumableSweeper(BasicSweeper):
         assert self.hydra_context is not None
         from metabatch_cli.config.beside import sharing
 
+        # where Slurm keeps no accounts submitit complains each time that it looks for a job
+        logging.getLogger("submitit").setLevel(logging.ERROR)
         setup_globals()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
@@ -110,8 +126,9 @@ class ResumableSweeper(BasicSweeper):
         """The directory of a job that is to be launched; empty if it is completed; None if it
         cannot be launched, which is said and written down."""
         from metabatch_cli.engine.run import is_completed
+        from metabatch_cli.engine.run_directory import RunDirectory
 
-        before = HydraConfig.instance().cfg
+        outer = HydraConfig.instance().cfg
         name = job.name
         try:
             config = self._composed(job)
@@ -121,6 +138,10 @@ class ResumableSweeper(BasicSweeper):
                 name = str(config.hydra.sweep.subdir)
             with open_dict(config):
                 del config["hydra"]
+            before = RunDirectory(directory / name).read_result()
+            if before.get("status") == "failed" and not self.retry_failed:
+                print(f"metabatch: {name}: failed before: {before['error']}", file=sys.stderr)
+                return None
             return "" if is_completed(config, directory / name) else name
         except Exception as error:
             message = explain(error, job.words)
@@ -128,7 +149,7 @@ class ResumableSweeper(BasicSweeper):
             record_failure(directory / name, job.words, message)
             return None
         finally:
-            HydraConfig.instance().cfg = before
+            HydraConfig.instance().cfg = outer
 
     def _composed(self, job: Job) -> DictConfig:
         """The job's configuration, as a launcher composes it."""

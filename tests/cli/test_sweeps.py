@@ -65,6 +65,19 @@ def test_each_failure_is_told_with_its_reason_and_tried_once_more(tmp_path):
     assert untouched(tmp_path) == before
 
 
+def test_what_failed_is_left_alone_if_nobody_wants_it_tried_again(tmp_path):
+    failing = "optimizer.lr=1e30,0.001"  # the loss is soon no number
+    metabatch(*SWEEP, failing, cwd=tmp_path, code=1)
+    (name,) = (n for n, found in results(tmp_path).items() if found["status"] == "failed")
+    file = tmp_path / "sweep" / name / "result.json"
+    before = file.stat().st_mtime_ns
+    done = metabatch(*SWEEP, failing, "hydra.sweeper.retry_failed=false", cwd=tmp_path, code=1)
+    assert f"{name}: failed before: the loss is not finite" in done.stderr
+    assert file.stat().st_mtime_ns == before
+    metabatch(*SWEEP, failing, cwd=tmp_path, code=1)
+    assert file.stat().st_mtime_ns > before
+
+
 def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
     done = metabatch(*SWEEP, "taskset=sine,sawtoth", cwd=tmp_path, code=1)
     found = results(tmp_path)

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from metabatch_cli.batching.auto import cores
 from metabatch_cli.config.choices import CHOICES, check_device, default_data_dir, resolve
 from metabatch_cli.config.compose import compose
-from metabatch_cli.config.errors import ConfigError
+from metabatch_cli.config.errors import ConfigError, UserError
+from metabatch_cli.engine.run_directory import RunDirectory
+from metabatch_cli.engine.same_run import refuse_other_configuration
 from tests.config.examples import BASE
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -111,6 +113,32 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(device):
 def test_a_gpu_that_is_not_there_is_refused(device):
     with pytest.raises(ConfigError, match=f"loader.device={device}: there is no such device here"):
         resolve(compose(*BASE, f"loader.device={device}"))
+
+
+def test_a_run_goes_on_with_whatever_gpu_is_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    saved = resolve(compose(*BASE, "loader.device=cuda:1"))
+    now = resolve(compose(*BASE), saved)
+    assert leaf(now, "loader.device") == "cuda"
+    run = RunDirectory(tmp_path)
+    refuse_other_configuration(run, saved, now)
+    with pytest.raises(UserError, match=r"loader\.device: cuda:1 in the run, cpu asked for"):
+        refuse_other_configuration(run, saved, resolve(compose(*BASE, "loader.device=cpu"), saved))
+
+
+def test_threads_are_shared_by_processes(monkeypatch):
+    monkeypatch.setattr("metabatch_cli.config.choices.cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    four = ("loader.shards=4", "trainer.processes=4")
+    alone, shared = resolve(compose(*BASE)), resolve(compose(*BASE, *four))
+    assert leaf(alone, "trainer.threads") == 8
+    assert leaf(shared, "trainer.threads") == 2
+    assert leaf(resolve(compose(*BASE, *four), alone), "trainer.threads") == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert leaf(resolve(compose(*BASE, *four)), "trainer.threads") == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert leaf(resolve(compose(*BASE, *four)), "trainer.threads") == 2
 
 
 def test_a_near_name_of_a_device_is_offered():
