@@ -25,15 +25,17 @@ PATIENCE = 30.0  # seconds
 _PR_SET_PDEATHSIG = 1  # of prctl(2): <sys/prctl.h>
 
 
-def jobs_at_once() -> int:
-    """How many jobs a machine carries: one for each of its CUDA devices, else for each core."""
+def jobs_at_once(processes: int = 1) -> int:
+    """How many jobs of so many processes a machine carries: one process for each of its CUDA
+    devices, else for each core."""
     import torch
 
     from metabatch_cli.batching.auto import JOBS, cores
 
     if JOBS in os.environ:  # in one of them
         return int(os.environ[JOBS])
-    return torch.cuda.device_count() or cores()
+    known = isinstance(processes, int) and processes > 0  # what is not is refused elsewhere
+    return max((torch.cuda.device_count() or cores()) // (processes if known else 1), 1)
 
 
 @contextmanager
@@ -69,23 +71,28 @@ def threads_of(share: int) -> int:
     return min(share, int(given)) if given.isdigit() and int(given) else share
 
 
-_claims: dict[int, tuple[int, IO[str]]] = {}  # by the sweep's process: a device, a locked file
+_claims: dict[int, tuple[int, IO[str]]] = {}  # by the sweep's process: a place, a locked file
 
 
-def own_device(devices: int) -> str:
+def own_device(devices: int, processes: int = 1) -> str:
     """The CUDA device of this process: of those beside each other each has another one, as far as
-    there are enough, and keeps it for all its jobs."""
+    there are enough, and keeps it for all its jobs.
+
+    Args:
+        devices: how many there are.
+        processes: of a job; each has a device, this one the first of them.
+    """
     if not is_beside_others() or devices < 2:
         return "cuda"
     sweep = int(os.environ[SWEEP])
     if sweep not in _claims:
         folder = Path(tempfile.gettempdir()) / f"metabatch-{os.getuid()}-{sweep}"
         folder.mkdir(exist_ok=True)
-        _claims[sweep] = next(filter(None, map(partial(_claimed, folder, devices), count())))
-    return f"cuda:{_claims[sweep][0]}"
+        _claims[sweep] = next(filter(None, map(partial(_claimed, folder), count())))
+    return f"cuda:{_claims[sweep][0] * processes % devices}"
 
 
-def _claimed(folder: Path, devices: int, place: int) -> tuple[int, IO[str]] | None:
+def _claimed(folder: Path, place: int) -> tuple[int, IO[str]] | None:
     """The place-th of the places on all devices, if it is free; free again when this process
     ends."""
     file = (folder / str(place)).open("a")
@@ -94,7 +101,7 @@ def _claimed(folder: Path, devices: int, place: int) -> tuple[int, IO[str]] | No
     except OSError:
         file.close()
         return None
-    return place % devices, file
+    return place, file
 
 
 @contextmanager

@@ -111,7 +111,9 @@ def check_device(device: Any) -> None:
 def _choose_device(config: DictConfig) -> str:
     import torch
 
-    return own_device(torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return own_device(torch.cuda.device_count(), _processes(config))
 
 
 def _processes(config: DictConfig) -> int:

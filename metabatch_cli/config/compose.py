@@ -18,7 +18,7 @@ def config_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """What configurations ask for by `${jobs_at_once:}`."""
+    """What configurations ask for by `${jobs_at_once:…}`."""
     from omegaconf import OmegaConf
 
     from metabatch_cli.config.beside import jobs_at_once

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metabatch_cli.batching.auto import RANKS_HERE
 from metabatch_cli.config.errors import UserError, explain
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class Ranks:
         """Add up the numbers of all ranks, in place, on every rank to the same bits."""
 
     def own_device(self, device: str) -> str:
-        """The device of this rank, where `device` is what all compute on."""
+        """The device of this rank, where `device` is that of the first one on each machine."""
         return device
 
     def compute_on(self, device: torch.device) -> None:
@@ -142,15 +143,17 @@ class Group(Ranks):
             dist.all_reduce(numbers, group=self._bulk)
 
     def own_device(self, device: str) -> str:
-        if device != "cuda":
+        kind, _, first = device.partition(":")
+        if kind != "cuda":
             return device
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return f"cuda:{(int(first or 0) + self.local_rank) % torch.cuda.device_count()}"
 
     def compute_on(self, device: torch.device) -> None:
         if device.type != "cuda":
             return
         torch.cuda.set_device(device)
-        alone_on_it = self.local_rank < torch.cuda.device_count()
+        here = int(os.environ.get(RANKS_HERE, self.local_rank + 1))
+        alone_on_it = here <= torch.cuda.device_count()
         if all(self.gather(alone_on_it and dist.is_nccl_available())):
             with self._waiting():
                 self._bulk = dist.new_group(backend="nccl", timeout=self._timeout)

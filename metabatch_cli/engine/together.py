@@ -133,6 +133,7 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
 def follow_parent(parent: int) -> None:
     """A process that `started` starts: it does as rank zero says, and ends when that one does."""
     _heed_end_of_parent(signal.SIGKILL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # of Slurm to all processes; the parent heeds it
     if os.getppid() != parent:  # it ended before it could be watched
         sys.exit(1)
     from metabatch_cli.engine.run import follow

@@ -21,6 +21,7 @@ from metabatch_cli.engine import ranks
 from metabatch_cli.engine.average import Averaging
 from metabatch_cli.engine.ranks import RankLost, Ranks
 from metabatch_cli.engine.run import train
+from metabatch_cli.engine.stop import Stopped
 from tests.engine.examples import TINY, Watcher, asked, learner, new_directory, rows, state
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +256,26 @@ def test_a_rank_that_fails_has_its_own_words_in_the_result():
     assert found["status"] == "failed"
     assert "no step 2" in found["error"]
     assert 'raise ArithmeticError(f"no step' in (directory / "train.log").read_text()
+
+
+class StopAtFirstRow:
+    def log(self, row: dict) -> None:
+        raise Stopped("enough")
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_whoever_stops_rank_zero_stops_all():
+    directory = new_directory()
+    with as_rank_zero(SINE) as second:
+        with pytest.raises(Stopped, match="enough"):
+            train(asked(*SINE), directory, reporter=Watcher(), loggers=[StopAtFirstRow()])
+        assert second.communicate(timeout=60)[0] == "SystemExit 1\n"
+    assert json.loads((directory / "result.json").read_text())["status"] == "interrupted"
 
 
 def test_a_rank_that_is_killed_ends_the_training_and_is_named(monkeypatch):
