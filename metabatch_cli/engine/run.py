@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from metabatch_cli.engine.trainer import Trainer
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.report.console import Reporter, clock
 from metabatch_cli.report.loggers import JsonlLogger, Logger
+from metabatch_cli.report.sheltered import Sheltered
 
 log = logging.getLogger("metabatch")
 
@@ -84,9 +85,9 @@ def train(
             section, name = key.split(".")
             plain[section][name] = value
         run.write_config(plain, overrides)
-        with logged_to(run.log_file), recorded(run, checked):
+        with logged_to(run.log_file), ExitStack() as afterwards, recorded(run, checked):
             announce(run, parts, reporter, resumes=saved is not None)
-            return _train(run, parts, reporter, loggers)
+            return _train(run, parts, reporter, afterwards, loggers)
 
 
 def is_completed(config: DictConfig, directory: str | Path) -> bool:
@@ -105,15 +106,21 @@ def is_completed(config: DictConfig, directory: str | Path) -> bool:
 
 
 def _train(
-    run: RunDirectory, parts: Parts, reporter: Reporter, further: Sequence[Logger] = ()
+    run: RunDirectory,
+    parts: Parts,
+    reporter: Reporter,
+    afterwards: ExitStack,
+    further: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     config = parts.config
     loggers: list[Logger] = [JsonlLogger(run.path)]
-    loggers += [
-        build.build(f"logger.{name}", node, directory=run.path)
-        for name, node in config.logger.items()
-    ]
+    for name, node in config.logger.items():
+        key = f"logger.{name}"
+        logger = build.build(key, node, directory=run.path)
+        loggers.append(Sheltered(key, logger, reporter.say))
     loggers += further
+    for logger in loggers:
+        afterwards.callback(logger.close)  # when result.json says how it ended
     trainer = Trainer(
         config.trainer,
         run,
@@ -144,8 +151,6 @@ def _train(
         raise
     finally:
         parts.loader.close()
-        for logger in loggers:
-            logger.close()
 
 
 def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
