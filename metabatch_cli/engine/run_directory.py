@@ -136,7 +136,13 @@ class RunDirectory:
             self.profile_file,
         ):
             file.unlink(missing_ok=True)
-        for folder in (self.last_checkpoint.parent, self.figures, self.evaluations):
+        written_by_loggers = [self.path / name for name in ("tensorboard", "mlflow", "wandb")]
+        for folder in (
+            self.last_checkpoint.parent,
+            self.figures,
+            self.evaluations,
+            *written_by_loggers,
+        ):
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
