@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
 pytest.importorskip("mlflow", reason="needs the extra 'mlflow'")
 
 from mlflow.tracking import MlflowClient
