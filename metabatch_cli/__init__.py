@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metabatch_cli.batching import PackedTask, PaddedTask, Task, TaskLoader, TaskSet
     from metabatch_cli.config.compose import compose
-    from metabatch_cli.engine.run import load_run, train
+    from metabatch_cli.engine.load import load_run
+    from metabatch_cli.engine.run import train
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _HOMES = {
     "TaskLoader": "metabatch_cli.batching",
     "TaskSet": "metabatch_cli.batching",
     "compose": "metabatch_cli.config.compose",
-    "load_run": "metabatch_cli.engine.run",
+    "load_run": "metabatch_cli.engine.load",
     "train": "metabatch_cli.engine.run",
 }
 

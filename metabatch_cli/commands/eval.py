@@ -85,8 +85,8 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
     from metabatch_cli.config.errors import ConfigError
+    from metabatch_cli.engine.load import load_run
     from metabatch_cli.engine.memory import keep_freed_memory
-    from metabatch_cli.engine.run import load_run
     from metabatch_cli.report.console import Reporter
     from metabatch_cli.report.files import write_json
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,19 @@ def build(key: str, node: Mapping[str, Any], **extra: Any) -> Any:
         raise _refused(key, text, node) from error
     except REFUSALS as error:
         raise _refused(key, str(error), node) from error
+
+
+def refuse_missing(key: str, node: Mapping[str, Any]) -> None:
+    """Raise UserError where a component `needs` a package, of an extra of that name, that is not
+    installed; without importing it."""
+    package = getattr(locate(f"{key}._target_", node["_target_"]), "needs", None)
+    if package is None:
+        return
+    found = find_spec(package)
+    if found is None or found.origin is None:  # without origin, it is just a folder of that name
+        raise UserError(
+            f"{key}: {package} is not installed; it comes with: pip install '.[{package}]'"
+        )
 
 
 def accepted(target: Any) -> set[str]:

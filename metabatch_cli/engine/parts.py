@@ -46,6 +46,8 @@ class Parts:
 
     def build(self) -> None:
         """Build all that training needs, so that what cannot be built says so before it begins."""
+        for name, node in self.config.logger.items() if self.ranks.leads else ():
+            build.refuse_missing(f"logger.{name}", node)
         torch.set_num_threads(int(self.config.trainer.threads))
         keep_freed_memory()
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)

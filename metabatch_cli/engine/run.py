@@ -1,4 +1,4 @@
-"""A run: from a configuration to a trained and tested learner, and back from its directory."""
+"""A training: from a configuration to a trained and tested learner, on one process or several."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from metabatch_cli.batching.taskset import Split, TaskSet
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
-from metabatch_cli.config.errors import ConfigError, UserError
+from metabatch_cli.config.errors import UserError
 from metabatch_cli.config.schema import Config, TrainerConfig
-from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation
 from metabatch_cli.engine.parts import Parts, describe
 from metabatch_cli.engine.ranks import Ranks
@@ -29,9 +24,9 @@ from metabatch_cli.engine.same_run import flatten, has_nothing_to_do
 from metabatch_cli.engine.stop import Interrupted, Stopped
 from metabatch_cli.engine.together import joined, started
 from metabatch_cli.engine.trainer import Trainer
-from metabatch_cli.learners.learner import Learner
 from metabatch_cli.report.console import Reporter, clock, silent
 from metabatch_cli.report.loggers import JsonlLogger, Logger
+from metabatch_cli.report.sheltered import Sheltered
 
 log = logging.getLogger("metabatch")
 
@@ -111,11 +106,14 @@ def _lead(
             section, name = key.split(".")
             plain[section][name] = value
         run.write_config(plain, overrides)
-        with logged_to(run.log_file), recorded(run, checked):
+        with logged_to(run.log_file), ExitStack() as afterwards, recorded(run, checked):
             announce(run, parts, reporter, resumes=saved is not None)
             asked = OmegaConf.to_container(composed)
             ranks.from_leader({"asked": asked, "config": plain, "begun": begun, "run": run.path})
-            return _train(run, parts, reporter, [*own_loggers(run, checked), *loggers], ranks)
+            every = [*own_loggers(run, checked, reporter), *loggers]
+            for logger in every:
+                afterwards.callback(logger.close)  # when result.json says how it ended
+            return _train(run, parts, reporter, every, ranks)
 
 
 def follow(ranks: Ranks, composed: DictConfig | None = None) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def is_completed(config: DictConfig, directory: str | Path) -> bool:
         UserError: a completed run of another configuration.
     """
     run = RunDirectory(directory)
-    if not run.holds_run or OmegaConf.select(config, "fresh") or status_of(run) != "completed":
+    if not run.holds_run or OmegaConf.select(config, "fresh") or run.status != "completed":
         return False
     saved = run.read_config()
     plain = choices.resolve(config, saved)
@@ -162,13 +160,14 @@ def is_completed(config: DictConfig, directory: str | Path) -> bool:
     return has_nothing_to_do(run, saved, plain, check(plain))
 
 
-def own_loggers(run: RunDirectory, config: Config) -> list[Logger]:
+def own_loggers(run: RunDirectory, config: Config, reporter: Reporter) -> list[Logger]:
     """The loggers of a configuration, and the one that every run has."""
-    built = [
-        build.build(f"logger.{name}", node, directory=run.path)
-        for name, node in config.logger.items()
-    ]
-    return [JsonlLogger(run.path), *built]
+    loggers: list[Logger] = [JsonlLogger(run.path)]
+    for name, node in config.logger.items():
+        key = f"logger.{name}"
+        logger = build.build(key, node, directory=run.path)
+        loggers.append(Sheltered(key, logger, reporter.say))
+    return loggers
 
 
 def _train(
@@ -207,8 +206,6 @@ def _train(
         raise
     finally:
         parts.loader.close()
-        for logger in loggers:
-            logger.close()
 
 
 def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
@@ -251,124 +248,12 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     return result
 
 
-@dataclass
-class Run:
-    """A run that was read back from its directory.
-
-    Attributes:
-        directory: its files.
-        config: its configuration.
-        learner: with the best weights, or the last ones where none were validated yet; in
-            evaluation mode.
-        parts: task sets and loaders, built when asked for.
-    """
-
-    directory: RunDirectory
-    config: Config
-    learner: Learner
-    parts: Parts
-    step: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where the learner lives."""
-        return self.parts.device
-
-    def score(self) -> Evaluation:
-        """Scores on the test tasks of `config.evaluation`."""
-        return self.parts.score()
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """`result.json` as it is now."""
-        return self.directory.read_result()
-
-    def taskset(self, split: Split = "test") -> TaskSet:
-        """The task set of a split."""
-        return build.build_taskset(self.config, split)
-
-
-def load_run(
-    directory: str | Path,
-    *,
-    config: Mapping[str, Any] | None = None,
-    weights: str = "best",
-    device: str | None = None,
-) -> Run:
-    """Rebuild a finished or interrupted run.
-
-    Args:
-        directory: of the run.
-        config: a resolved configuration to use instead of the run's own.
-        weights: `best` or `last`; where the one is not there yet, the other is taken.
-        device: where the learner shall live; default: where it was trained, else the CPU.
-
-    Raises:
-        UserError: no run, or one without a checkpoint yet.
-    """
-    run = RunDirectory.existing(directory)
-    plain = dict(config or run.read_config())
-    wanted = device or plain["loader"]["device"]
-    try:
-        choices.check_device(wanted)
-    except ConfigError:
-        if device is not None:
-            raise
-        wanted = "cpu"
-    plain["loader"] = {**plain["loader"], "device": wanted}
-    plain["trainer"] = {**plain["trainer"], "init_from": None}
-    parts = Parts(check(plain))
-    files = [run.best_checkpoint, run.last_checkpoint]
-    files = [file for file in (files if weights == "best" else files[::-1]) if file.exists()]
-    if not files:
-        raise UserError(f"run={directory}: has no checkpoint yet (status: {status_of(run)})")
-    state = checkpoint.load(files[0], wanted)
-    with random_states.preserved():
-        learner = parts.learner
-    if unlike := _unlike(state["learner"], learner.state_dict()):
-        raise UserError(
-            f"{files[0]}: does not fit the network that the configuration describes: {unlike}"
-            + _changed(run.read_config(), plain)
-        )
-    learner.load_state_dict(state["learner"])
-    return Run(run, parts.config, parts.learner.eval(), parts, int(state["step"]))
-
-
-def _unlike(saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
-    """The first weight of which one of both has none, or another shape; empty if there is none."""
-    for name in (*here, *saved):
-        if name not in saved:
-            return f"it has {name}, which was not trained"
-        if name not in here:
-            return f"it lacks {name}, which was trained"
-        if saved[name].shape != here[name].shape:
-            shapes = list(here[name].shape), list(saved[name].shape)
-            return "{} is {} in it, and {} was trained".format(name, *shapes)
-    return ""
-
-
-def _changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What a configuration has of tasks, network and learner that the run's own has not."""
-    before = flatten(saved)
-    changed = [
-        f"{key}={value}"
-        for key, value in flatten(now).items()
-        if key.partition(".")[0] in ("taskset", "model", "learner") and before.get(key) != value
-    ]
-    return f"\n  changed since: {', '.join(changed)}" if changed else ""
-
-
 def already_completed(run: RunDirectory, reporter: Reporter) -> dict[str, Any]:
     """Print the result of a completed run."""
     result = run.read_result()
     reporter.result("test", result.get("metrics", {}))
     reporter.say(f"completed before, at step {result['step']:,}: {run.path}")
     return result
-
-
-def status_of(run: RunDirectory) -> str:
-    """What `result.json` says of the run."""
-    return run.read_result().get("status", "not begun")
 
 
 # --- around a training ---------------------------------------------------------------------

@@ -119,6 +119,11 @@ class RunDirectory:
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
+    @property
+    def status(self) -> str:
+        """What `result.json` says of the run."""
+        return self.read_result().get("status", "not begun")
+
     def write_result(self, **entries: Any) -> dict[str, Any]:
         """Update `result.json`; returns it whole."""
         result = {**self.read_result(), **entries}
@@ -136,7 +141,13 @@ class RunDirectory:
             self.profile_file,
         ):
             file.unlink(missing_ok=True)
-        for folder in (self.last_checkpoint.parent, self.figures, self.evaluations):
+        written_by_loggers = [self.path / name for name in ("tensorboard", "mlflow", "wandb")]
+        for folder in (
+            self.last_checkpoint.parent,
+            self.figures,
+            self.evaluations,
+            *written_by_loggers,
+        ):
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager

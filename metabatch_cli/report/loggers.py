@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,16 +13,22 @@ from metabatch_cli.report.files import finite, write_text
 
 
 class Logger(Protocol):
-    """Takes rows of metrics."""
+    """Takes rows of metrics.
+
+    What else there is to show lies in the run's directory, which a constructor with an argument
+    `directory` is given: the configuration from the beginning, `metrics.jsonl` up to date whenever
+    a logger is called, `result.json` and figures once it is closed. A class whose attribute `needs`
+    names a package is refused, before a training, where that is not installed.
+    """
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row."""
 
     def rewind(self, step: int) -> None:
-        """Forget the rows beyond a step: the training goes on from there."""
+        """Begin, once, before the first row: forget the rows beyond a step, 0 in a new run."""
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish what is being written, however the training ended; maybe without a beginning."""
 
 
 class JsonlLogger:
@@ -74,3 +81,29 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+# --- what dashboards show ----------------------------------------------------------------------
+
+
+def shown(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row by name, those of the training under `train/`; not what is no number."""
+    return {
+        name if "/" in name else f"train/{name}": value
+        for name, value in row.items()
+        if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def final_scores(result: dict[str, Any]) -> dict[str, float]:
+    """The test metrics of a `result.json`: means, and beside them intervals and oracles."""
+    scores = {}
+    for name, entry in result.get("metrics", {}).items():
+        scores[name] = entry["mean"]
+        scores |= {f"{name}/{part}": entry.get(part) for part in ("ci95", "oracle")}
+    return shown(scores)
+
+
+def run_name(directory: Path) -> str:
+    """What a run is called among others: the last two parts of its directory."""
+    return "/".join(directory.absolute().parts[-2:])

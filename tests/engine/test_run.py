@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 import metabatch_cli
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.engine import random_states
-from metabatch_cli.engine.run import load_run, train
+from metabatch_cli.engine.load import load_run
+from metabatch_cli.engine.run import train
 from metabatch_cli.engine.run_directory import RunDirectory
 from metabatch_cli.learners.learner import Learner
 from tests.engine.examples import (

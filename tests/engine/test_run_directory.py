@@ -202,11 +202,12 @@ def test_clearing_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert not run.holds_run
 
 
-def test_clearing_deletes_the_table_of_the_csv_logger_too(tmp_path):
+@pytest.mark.parametrize("file", ["metrics.csv", "tensorboard/x", "mlflow/run.json", "wandb/id"])
+def test_clearing_deletes_what_further_loggers_wrote(tmp_path, file):
     run = full_of_a_run(tmp_path)
-    write_text(tmp_path / "metrics.csv", "step,loss")
+    write_text(tmp_path / file, "something")
     run.clear()
-    assert not (tmp_path / "metrics.csv").exists()
+    assert not (tmp_path / file).exists()
 
 
 def test_clearing_a_directory_without_a_run_is_no_error(tmp_path):

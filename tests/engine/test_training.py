@@ -14,8 +14,8 @@ from metabatch_cli.config.build import build_taskset
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.errors import ConfigError, UserError
+from metabatch_cli.engine.load import load_run
 from metabatch_cli.engine.parts import Parts
-from metabatch_cli.engine.run import load_run
 from metabatch_cli.engine.trainer import TrainingFailed
 from tests.engine import examples
 from tests.engine.examples import (

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metabatch_cli.report.loggers import CsvLogger, JsonlLogger, read_rows
+from metabatch_cli.report.loggers import (
+    CsvLogger,
+    JsonlLogger,
+    final_scores,
+    read_rows,
+    run_name,
+    shown,
+)
 
 rows = st.lists(
     st.tuples(
@@ -103,3 +111,29 @@ def test_a_table_of_nothing_is_no_error(tmp_path, found):
         written(tmp_path, found)
     CsvLogger(tmp_path).close()
     assert (tmp_path / "metrics.csv").read_text().strip() == ""
+
+
+# --- what dashboards show ----------------------------------------------------------------------
+
+
+def test_what_is_no_finite_number_is_not_shown_and_the_trainings_own_has_a_section():
+    row = {"step": 3, "loss": 0.5, "val/mse": float("nan"), "val/rmse": None, "val/mse/ci95": 1.0}
+    assert shown(row) == {"train/loss": 0.5, "val/mse/ci95": 1.0}
+
+
+def test_final_scores_are_means_intervals_and_oracles():
+    entries = {
+        "test/mse@shots=1": {"mean": 0.5, "ci95": 0.1, "tasks": 8, "over_points": {"mean": 0.4}},
+        "test/log_likelihood": {"mean": 1.0, "ci95": None, "oracle": 2.0, "scoring": "marginal"},
+    }
+    assert final_scores({"status": "completed", "metrics": entries}) == {
+        "test/mse@shots=1": 0.5,
+        "test/mse@shots=1/ci95": 0.1,
+        "test/log_likelihood": 1.0,
+        "test/log_likelihood/oracle": 2.0,
+    }
+    assert final_scores({"status": "failed"}) == {}
+
+
+def test_a_run_is_called_as_its_directory_and_the_sweep_above():
+    assert run_name(Path("/data/runs/width/model.width=8,seed=0")) == "width/model.width=8,seed=0"
