@@ -70,7 +70,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(kind, workers, prefetch,
 
 
 @both
-@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_batches_do_not_depend_on_the_start_method(kind, method):
     with loader(kind(), workers=1, multiprocessing_context=method) as tested:
         assert read(tested, 6) == first(loader(kind()), 6)

@@ -100,7 +100,7 @@ class Precise(Waves):
         return tasks._replace(target_x=torch.rand(len(indices), n_target, 1, generator=generator))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_1_the_default_type_of_floats_is_that_of_the_program(method):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -184,7 +184,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-@both
+@pytest.mark.parametrize("kind", [Draws, pytest.param(Waves, marks=pytest.mark.slow)])
 @settings(max_examples=3, phases=UNSHRUNK, deadline=None)
 @given(
     legs=st.lists(st.tuples(st.sampled_from([0, 1, 5, 6, 7, 11]), workers), min_size=3, max_size=3)
@@ -370,7 +370,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
 @pytest.mark.parametrize(
-    "method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
 )
 @pytest.mark.parametrize("end", ["exit", "SIGINT", "SIGKILL"])
 def test_7_no_process_and_no_shared_memory_outlives_the_program(method, end, tmp_path):

@@ -178,7 +178,7 @@ def test_a_task_that_kills_its_worker_once_is_made_by_another(how, at, tmp_path)
         *(("fork", *case) for case in [("exit", "exit code 77"), ("SIGKILL", "killed by SIGKILL")]),
         ("fork", "SIGSEGV", "killed by SIGSEGV"),
         ("fork", "SIGRTMAX", f"killed by (SIGRTMAX|signal {int(signal.SIGRTMAX)})"),
-        ("spawn", "exit", "exit code 77"),
+        pytest.param("spawn", "exit", "exit code 77", marks=pytest.mark.slow),
         pytest.param("forkserver", "SIGKILL", "killed by SIGKILL", marks=pytest.mark.slow),
     ],
 )
@@ -828,7 +828,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_sigterm_to_all_at_start_up_lets_the_main_process_finish_its_step(method):
     assert ended(script(TERMINATED, method)) == ("finished True\n", "")
 

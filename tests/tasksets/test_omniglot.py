@@ -203,7 +203,7 @@ def test_the_second_opening_decodes_nothing(data: Path, monkeypatch: pytest.Monk
     assert np.array_equal(first.take(np.arange(99)), again.take(np.arange(99)))
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_batches_do_not_depend_on_workers(data: Path, start_method: str) -> None:
     tasks = Episodes(Omniglot(data), 5, 1, 15, split="train")
     context = {"multiprocessing_context": start_method}
