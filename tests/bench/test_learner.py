@@ -26,7 +26,9 @@ with_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="n
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("work", SETTINGS)
+@pytest.mark.parametrize(
+    "work", ["sine_mlp", pytest.param("omniglot_conv4", marks=pytest.mark.slow)]
+)
 def test_all_rivals_take_the_steps_of_the_reference(work, first_order):
     setting = replace(SETTINGS[work], first_order=first_order)
     names = [name for name in EAGER if META_RIVALS[name].does(setting.work)]
