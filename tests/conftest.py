@@ -18,7 +18,10 @@ from hypothesis import settings
 
 # no deadline: machines are shared, and nothing here promises a speed
 settings.register_profile(
-    "metabatch", deadline=None, max_examples=25, derandomize="CI" in os.environ
+    "metabatch",
+    deadline=None,
+    max_examples=int(os.environ.get("METABATCH_EXAMPLES", "10")),  # more find more
+    derandomize="CI" in os.environ,
 )
 settings.load_profile("metabatch")
 

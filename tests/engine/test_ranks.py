@@ -211,6 +211,7 @@ def test_a_training_goes_on_with_another_number_of_processes():
         assert_the_same(directory, undisturbed)
 
 
+@pytest.mark.slow
 def test_what_ranks_draw_is_their_own_and_goes_on_after_a_resume():
     half = (*NOISY, "trainer.max_steps=3")
     directories = [new_directory() for _ in range(2)]
@@ -278,6 +279,7 @@ def test_whoever_stops_rank_zero_stops_all():
     assert json.loads((directory / "result.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow  # as is told of in tests/cli/test_together.py, where a rank is a child
 def test_a_rank_that_is_killed_ends_the_training_and_is_named(monkeypatch):
     monkeypatch.setattr(ranks, "_SILENCE", 1.5)
     with as_rank_zero((*SINE, "trainer.max_steps=100000")) as second:
