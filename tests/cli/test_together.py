@@ -75,7 +75,9 @@ def training(tmp_path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_ended_it_leaves_nobody_behind(tmp_path, training, signum):
     theirs = children(training.pid)
     assert len(theirs) >= 3  # the other rank, and a worker of each
