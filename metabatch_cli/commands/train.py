@@ -14,14 +14,10 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> None:
     """A Hydra application: overrides, `-m`, `--cfg`, `--help` and the rest."""
     from metabatch_cli.commands.hydra_app import launch
-    from metabatch_cli.config.beside import is_under_torchrun
-    from metabatch_cli.config.errors import UserError
+    from metabatch_cli.config.beside import refuse_under_torchrun
 
-    if {"-m", "--multirun"} & set(words) and is_under_torchrun():
-        raise UserError(
-            "--multirun: every process that torchrun starts would sweep\n"
-            "  allowed: trainer.processes=N in a sweep, or torchrun for one training"
-        )
+    if {"-m", "--multirun"} & set(words):
+        refuse_under_torchrun("--multirun")
     launch("train", __name__, "metabatch train", words=words)
 
 

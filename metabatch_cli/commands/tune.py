@@ -17,8 +17,10 @@ SPACE = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}  # where none
 def main(words: list[str]) -> None:
     """A Hydra application like `train`, with a section `tune`."""
     from metabatch_cli.commands.hydra_app import launch
+    from metabatch_cli.config.beside import refuse_under_torchrun
     from metabatch_cli.config.errors import UserError
 
+    refuse_under_torchrun("tune")
     if {"-m", "--multirun"} & set(words):
         raise UserError(
             "-m: a study chooses values itself; begin it several times with the same hydra.run.dir"

@@ -136,6 +136,17 @@ def is_under_torchrun() -> bool:
     return known and size.isdigit() and int(size) > 1
 
 
+def refuse_under_torchrun(what: str) -> None:
+    """Raise UserError if this process is one of several: each would run all the trainings."""
+    from metabatch_cli.config.errors import UserError
+
+    if is_under_torchrun():
+        raise UserError(
+            f"{what}: every process that torchrun starts would run all trainings\n"
+            "  allowed: trainer.processes=N in a sweep, or torchrun for one training"
+        )
+
+
 def is_beside_others() -> bool:
     """Whether this process is one of several jobs that run at the same time."""
     return os.environ.get(SWEEP, str(os.getpid())) != str(os.getpid())

@@ -125,7 +125,7 @@ class TrainerConfig:
     processes: Count = 1
     """Processes on this machine that share every batch; torchrun's own number goes before."""
 
-    timeout: Annotated[float, Gt(0)] = 600.0
+    timeout: Annotated[float, Gt(0), Le(1e6)] = 600.0
     """Seconds that processes wait for each other before the training fails."""
 
     monitor: str | None = None

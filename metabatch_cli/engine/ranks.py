@@ -91,6 +91,11 @@ class Group(Ranks):
         timeout: float,
         what_ended: Callable[[], dict[int, str]] = dict,
     ) -> None:
+        if dist.is_initialized():
+            raise UserError(
+                "this program has a torch.distributed process group of its own; a training over "
+                "several processes needs to begin one: leave it to trainer.processes or torchrun"
+            )
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._store = dist.PrefixStore("metabatch", store)
         self._timeout = timedelta(seconds=timeout)
@@ -99,6 +104,7 @@ class Group(Ranks):
         # another connection: one that waits would keep the signs back
         self._heart = _Heart(dist.PrefixStore("metabatch", cast(Any, store).clone()), rank)
         self._bulk: dist.ProcessGroup | None = None
+        self._met = False
 
     def _meet(self) -> None:
         """Wait until all are ready; gloo would not notice that one died on its way."""
@@ -162,7 +168,8 @@ class Group(Ranks):
 
     def failed(self, error: BaseException) -> None:
         """Leave this rank's words for the others."""
-        words = {"said": explain(error), "trace": "".join(traceback.format_exception(error))}
+        said = explain(error).removeprefix("failed: ").partition("\n  the same command")[0]
+        words = {"said": said, "trace": "".join(traceback.format_exception(error))}
         with suppress(RuntimeError):  # nobody is there to read them
             self._store.set(f"failed/{self.rank}", json.dumps(words))
 
@@ -170,8 +177,9 @@ class Group(Ranks):
     def _waiting(self) -> Iterator[None]:
         """While others are needed; they are met when they first are."""
         try:
-            if not dist.is_initialized():
+            if not self._met:
                 self._meet()
+                self._met = True
             yield
         except RuntimeError as error:
             raise self._lost(str(error).splitlines()[0]) from error
@@ -222,7 +230,7 @@ class Group(Ranks):
     def close(self) -> None:
         """Leave the group."""
         self._heart.stop()
-        if dist.is_initialized():
+        if self._met:
             dist.destroy_process_group()
 
 

@@ -109,7 +109,7 @@ def _lead(
         with logged_to(run.log_file), ExitStack() as afterwards, recorded(run, checked):
             announce(run, parts, reporter, resumes=saved is not None)
             asked = OmegaConf.to_container(composed)
-            ranks.from_leader({"asked": asked, "config": plain, "begun": begun, "run": run.path})
+            ranks.from_leader({"asked": asked, "config": plain, "run": run.path})
             every = [*own_loggers(run, checked, reporter), *loggers]
             for logger in every:
                 afterwards.callback(logger.close)  # when result.json says how it ended
@@ -139,7 +139,7 @@ def follow(ranks: Ranks, composed: DictConfig | None = None) -> dict[str, Any]:
             raise UserError("started with another configuration\n" + "\n".join(differing))
     config = check(order["config"])
     config.loader.device = ranks.own_device(config.loader.device)
-    parts = Parts(config, order["begun"], ranks=ranks)
+    parts = Parts(config, begun=True, ranks=ranks)  # rank zero sends the weights
     parts.build()
     _train(RunDirectory(order["run"]), parts, Reporter(silent()), [], ranks)
     return {}
@@ -216,7 +216,7 @@ def finish(run: RunDirectory, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     """
     if trainer.stopped_by or trainer.has_been_told_to_stop():
         raise Interrupted(trainer.stopped_by)
-    trainer.stop.at_once = True
+    trainer.stop.at_once = trainer.ranks.leads  # the others end as it does
     best = parts.config.trainer.test_on == "best" and run.best_checkpoint.exists()
     weights = run.best_checkpoint if best else run.last_checkpoint
     trainer.load_learner(weights)

@@ -34,7 +34,9 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2): <sys/prctl.h>
 _SIOCGIFADDR = 0x8915  # of ioctl(2): <linux/sockios.h>
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _FOLLOWER = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # of Slurm to all processes; the parent heeds it
 sys.path[:] = json.loads(sys.argv[1])
 from metabatch_cli.engine.together import follow_parent
 follow_parent(int(sys.argv[2]))
@@ -133,7 +135,6 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
 def follow_parent(parent: int) -> None:
     """A process that `started` starts: it does as rank zero says, and ends when that one does."""
     _heed_end_of_parent(signal.SIGKILL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # of Slurm to all processes; the parent heeds it
     if os.getppid() != parent:  # it ended before it could be watched
         sys.exit(1)
     from metabatch_cli.engine.run import follow

@@ -325,13 +325,13 @@ class Trainer:
 
     def load_learner(self, file: Path) -> None:
         """Give the learner the weights of a checkpoint that rank zero has."""
-        found = checkpoint.load(file, self.device)["learner"] if self.ranks.leads else None
+        found = checkpoint.load(file)["learner"] if self.ranks.leads else None
         self.learner.load_state_dict(self.ranks.from_leader(found))
 
     def restore(self) -> None:
         """Go on from last.pt, where there is one; forget rows that were logged after it."""
         saved = self.ranks.leads and self.run.last_checkpoint.exists()
-        state = checkpoint.load(self.run.last_checkpoint, self.device) if saved else None
+        state = checkpoint.load(self.run.last_checkpoint) if saved else None
         if state := self.ranks.from_leader(state):
             self.learner.load_state_dict(state["learner"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -350,8 +350,12 @@ class Trainer:
             self._saved_at = self.step
             self._losses.fill_(state["losses"])
             self._counted = state["counted"]
-        elif not self.ranks.leads:
-            self._restore_random_states({}, [])
+        elif self.ranks.size > 1:
+            # another machine may begin otherwise, and has no need of what `init_from` names
+            own = {name: part.cpu() for name, part in self.learner.state_dict().items()}
+            self.learner.load_state_dict(self.ranks.from_leader(own))
+            if not self.ranks.leads:
+                self._restore_random_states({}, [])
         for logger in self.loggers:
             logger.rewind(self.step)
 

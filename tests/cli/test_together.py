@@ -124,8 +124,9 @@ TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "-m", "metabatch_cl
 
 def test_under_torchrun_a_sweep_is_refused(tmp_path):
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = metabatch("train", "-m", *TINY, "seed=0,1", cwd=tmp_path, code=1, **ranks)
-    assert "trainer.processes=N in a sweep" in done.stderr
+    for words in (["train", "-m", *TINY, "seed=0,1"], ["tune", *TINY]):
+        done = metabatch(*words, cwd=tmp_path, code=1, **ranks)
+        assert "trainer.processes=N in a sweep" in done.stderr
     assert not any(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from metabatch_cli.config.errors import UserError
@@ -189,6 +190,27 @@ def test_two_processes_learn_what_one_does():
 
 
 @pytest.mark.slow
+def test_all_begin_with_the_weights_of_rank_zero(monkeypatch):
+    begun = (*SINE, f"trainer.init_from={alone(*SINE, 'seed=5')}")
+    directory = new_directory()
+    monkeypatch.setenv("METABATCH_TEST_BLIND", "1")  # the other rank sees no checkpoint at all
+    with as_rank_zero(begun) as second:
+        train(asked(*begun), directory, reporter=Watcher())
+        assert second.communicate(timeout=60)[0] == ""
+    assert_the_same(directory, alone(*begun))
+
+
+def test_a_group_of_ones_own_is_left_alone(tmp_path):
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="process group of its own"):
+            alone(*SINE, "trainer.processes=2")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.usefixtures("metabatch_data")
 @pytest.mark.parametrize("overrides", [SINE, EPISODES, MAML], ids=["cnp", "protonet", "maml"])
 def test_two_processes_learn_what_one_does_over_200_steps(overrides):
