@@ -268,10 +268,9 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.max_steps
 
     def judged(self, tasks: Tasks) -> int | Tensor:
-        """How many tasks the mean in a loss is over: those with targets."""
-        if tasks.target_mask is None:
-            return len(tasks.target_x)
-        return tasks.target_mask.any(dim=1).sum(dtype=self.precision.dtype)
+        """How many tasks the mean in a loss is over."""
+        judged = self.learner.judged(tasks)
+        return len(tasks.target_x) if judged is None else judged.sum(dtype=self.precision.dtype)
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of metrics to all loggers."""

@@ -65,6 +65,13 @@ class Learner(nn.Module):
         """The loss of a batch of tasks, a scalar: the mean over its tasks that have targets."""
         raise NotImplementedError
 
+    def judged(self, tasks: Tasks) -> Tensor | None:
+        """Which tasks the mean of `forward` is over, bool `[tasks]`; None for all.
+
+        By it the parts of a batch count, on several processes or one after the other.
+        """
+        return None if tasks.target_mask is None else tasks.target_mask.any(dim=1)
+
     def score(self, tasks: Tasks) -> dict[str, Tensor]:
         """Scores of each task by name, `[tasks]`; a name may end in `@steps=1` and the like.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from metabatch_cli.batching.arguments import one_of
-from metabatch_cli.batching.ragged import Tasks
+from metabatch_cli.batching.ragged import PaddedTask, Tasks
 from metabatch_cli.learners.at_once import InnerLoop
 from metabatch_cli.learners.inner_loop import GradientBased, Points, Weights, adapting, of_model
 from metabatch_cli.learners.meta_gradient import Found
@@ -65,6 +65,9 @@ class Reptile(GradientBased):
             for number, weight in enumerate(weights.values()):
                 self.register_buffer(f"squares_{number}", torch.zeros_like(weight))
             self.register_buffer("taken", torch.zeros(()))
+
+    def judged(self, tasks: Tasks) -> Tensor | None:
+        return tasks.context_mask.any(dim=1) if isinstance(tasks, PaddedTask) else None
 
     def shown(self, tasks: Tasks) -> tuple[Points, Points]:
         """With the order in which a task's points are seen, `[tasks, inner_steps · inner_batch]`,
