@@ -68,6 +68,15 @@ class Ranks:
         """Told where the numbers of `sum` will be."""
 
 
+def refuse_other_group() -> None:
+    """Raise UserError if the program has begun a process group: torch has room for one."""
+    if dist.is_initialized():
+        raise UserError(
+            "this program has a torch.distributed process group of its own; a training over "
+            "several processes needs to begin one: leave it to trainer.processes or torchrun"
+        )
+
+
 class Group(Ranks):
     """Several processes, over gloo; sums on GPUs go over NCCL where each rank has its own.
 
@@ -91,11 +100,6 @@ class Group(Ranks):
         timeout: float,
         what_ended: Callable[[], dict[int, str]] = dict,
     ) -> None:
-        if dist.is_initialized():
-            raise UserError(
-                "this program has a torch.distributed process group of its own; a training over "
-                "several processes needs to begin one: leave it to trainer.processes or torchrun"
-            )
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._store = dist.PrefixStore("metabatch", store)
         self._timeout = timedelta(seconds=timeout)

@@ -17,7 +17,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from metabatch_cli.batching.auto import RANKS_HERE
 from metabatch_cli.config.beside import is_under_torchrun
-from metabatch_cli.engine.ranks import Group, RankLost, Ranks
+from metabatch_cli.engine.ranks import Group, RankLost, Ranks, refuse_other_group
 
 _PATIENCE = 20.0  # seconds for processes to end by themselves
 _PR_SET_PDEATHSIG = 1  # of prctl(2): <sys/prctl.h>
@@ -56,6 +57,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
     if not is_under_torchrun():
         yield Ranks()
         return
+    refuse_other_group()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _heed_end_of_parent(signal.SIGTERM)  # a torchrun that is killed leaves its processes
     with _reachable(os.environ["MASTER_ADDR"]):
@@ -97,6 +99,7 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
         processes: how many, this one included.
         timeout: seconds that they wait for each other.
     """
+    refuse_other_group()
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
     )
@@ -125,8 +128,7 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
         ):
             yield group
     finally:
-        for follower in followers.values():
-            _end(follower)
+        _end(followers.values())
         os.environ.pop(RANKS_HERE)
         if before is not None:
             os.environ[RANKS_HERE] = before
@@ -213,12 +215,13 @@ def _how(code: int) -> str:
     return f"was killed by {name}{hint}"
 
 
-def _end(follower: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that should end by itself; then see to it."""
-    for wait, end in ((_PATIENCE, follower.terminate), (5.0, follower.kill)):
-        try:
-            follower.wait(wait)
-            return
-        except subprocess.TimeoutExpired:
-            end()
-    follower.wait()
+def _end(followers: Collection[subprocess.Popen[bytes]]) -> None:
+    """Wait for processes that should end by themselves; then see to it."""
+    for end, patience in (("poll", _PATIENCE), ("terminate", 5.0), ("kill", 5.0)):
+        left = [follower for follower in followers if follower.poll() is None]
+        for follower in left:
+            getattr(follower, end)()
+        until = time.monotonic() + patience
+        for follower in left:
+            with suppress(subprocess.TimeoutExpired):
+                follower.wait(max(until - time.monotonic(), 0.0))
