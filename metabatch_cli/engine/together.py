@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from metabatch_cli.batching.auto import RANKS_HERE
 from metabatch_cli.config.beside import is_under_torchrun
+from metabatch_cli.config.errors import UserError
 from metabatch_cli.engine.ranks import Group, RankLost, Ranks, refuse_other_group
 
 _PATIENCE = 20.0  # seconds for processes to end by themselves
@@ -62,16 +63,26 @@ def joined(timeout: float) -> Iterator[Ranks]:
         _heed_end_of_parent(signal.SIGTERM)  # a torchrun that is killed leaves its processes
     with _reachable(os.environ["MASTER_ADDR"]):
         place = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-        store = _room(place.store, next(place.trainings))
+        attempt = ""
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several hosts may count otherwise
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        store = _room(place.store, next(place.trainings), attempt)
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if store.check([f"joined/{rank}"]):
+            raise UserError(
+                "torchrun's store still has the words of an earlier attempt, which would be taken "
+                "for those of this one\n  set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all hosts"
+            )
+        store.set(f"joined/{rank}", "")
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         with _closed(Group(store, rank, size, local_rank, timeout)) as group:
             yield group
 
 
-def _room(store: dist.Store, training: int) -> dist.Store:
-    """The part of a store that is of one training."""
-    return dist.PrefixStore(f"training {training}", store)
+def _room(store: dist.Store, training: int, attempt: str = "") -> dist.Store:
+    """The part of a store that is of one training, and one attempt at it: torchrun keeps its store
+    when it starts processes again."""
+    return dist.PrefixStore(f"training {training} {attempt}", store)
 
 
 class _Place(NamedTuple):

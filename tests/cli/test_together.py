@@ -139,6 +139,26 @@ def test_under_torchrun_ranks_share_one_directory_without_a_name(tmp_path):
     assert json.loads((run / "result.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.slow
+def test_torchrun_starts_a_training_again_that_failed(tmp_path):
+    learner = "+learner={_target_: tests.engine.examples.FailingOnce}"
+    words = [*TORCHRUN, *TWO, "~learner", learner]
+    words[1:1] = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ArithmeticError: no step 2" in done.stderr
+    assert result(tmp_path)["status"] == "completed"
+
+
 HOSTS = {"first": "10.96.0.1", "second": "10.96.0.2"}
 
 

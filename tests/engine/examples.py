@@ -9,6 +9,7 @@ import json
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,16 @@ class FailingSecond(Scripted):
 
     def __init__(self, model: nn.Module, fail_at: int) -> None:
         super().__init__(model, fail_at=fail_at if os.environ.get("RANK") == "1" else 0)
+
+
+class FailingOnce(Scripted):
+    """Fails on rank one of torchrun's first attempt; in the second one rank zero is slow."""
+
+    def __init__(self, model: nn.Module) -> None:
+        rank, attempt = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        if (rank, attempt) == ("0", "1"):
+            time.sleep(4)
+        super().__init__(model, fail_at=2 if (rank, attempt) == ("1", "0") else 0)
 
 
 # --- task sets -------------------------------------------------------------------------------
