@@ -111,12 +111,19 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
         timeout: seconds that they wait for each other.
     """
     refuse_other_group()
+    here = socket.create_server(("127.0.0.1", 0))  # the store's own would listen to everybody
+    port = here.getsockname()[1]
     store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout),
+        master_listen_fd=here.detach(),
     )
     ours = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
+        "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes),
         RANKS_HERE: str(processes),
     }
