@@ -108,13 +108,18 @@ def _claimed(folder: Path, place: int) -> tuple[int, IO[str]] | None:
 def ending_with_the_sweep() -> Iterator[None]:
     """While this process works for a sweep's: it is told by SIGTERM, which a training heeds, when
     that one ends, and then ends too."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    heed_end_of_parent(signal.SIGTERM)
     try:
         _end_if_alone()
         yield
     finally:
         _end_if_alone()
+
+
+def heed_end_of_parent(signum: int) -> None:
+    """Ask for a signal when the parent process ends; on Linux one can."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
 def _end_if_alone() -> None:

@@ -45,7 +45,7 @@ class Averaging:
                 part.begin()
 
     @torch.no_grad()
-    def __call__(self, loss: Tensor, tasks: int | Tensor) -> Tensor:
+    def __call__(self, loss: Tensor, tasks: Tensor) -> Tensor:
         """Average over ranks, in place.
 
         Args:
@@ -79,7 +79,7 @@ class _Part(Protocol):
     def begin(self) -> None:
         """Before the learner looks at tasks."""
 
-    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+    def put(self, views: list[Tensor], tasks: Tensor) -> None:
         """Put what this rank has into places that are zero, to be added up over ranks."""
 
     def take(self, views: list[Tensor], tasks: Tensor) -> None:
@@ -97,7 +97,7 @@ class _Gradients:
     def begin(self) -> None:
         pass
 
-    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+    def put(self, views: list[Tensor], tasks: Tensor) -> None:
         there, *gradients = views
         found = [weight.grad is not None for weight in self.parameters]
         there.copy_(torch.tensor(found, dtype=there.dtype))
@@ -128,7 +128,22 @@ class _Buffer(NamedTuple):
         return cast(Tensor, getattr(self.module, self.name))
 
 
-class _Followed:
+class _Buffers:
+    """Some buffers, and what they were before the learner looked at tasks."""
+
+    def __init__(self, buffers: list[_Buffer]) -> None:
+        self.buffers = buffers
+        self._before: list[Tensor] = []
+
+    @property
+    def examples(self) -> list[Tensor]:
+        return [buffer.tensor for buffer in self.buffers]
+
+    def begin(self) -> None:
+        self._before = [buffer.tensor.clone() for buffer in self.buffers]
+
+
+class _Followed(_Buffers):
     """Running averages of batch normalisation, which follow one task after the other.
 
     Rank zero's tasks come first, then those of rank one, and so on, as in a single process: with
@@ -138,25 +153,17 @@ class _Followed:
     def __init__(self, learner: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
         self.layers = [layer for layer in learner.modules() if _follows(layer)]
-        self.buffers = [
-            _Buffer(layer, name)
-            for layer in self.layers
-            for name in ("running_mean", "running_var")
-        ]
-        self._before: list[Tensor] = []
+        moments = ("running_mean", "running_var")
+        super().__init__([_Buffer(layer, name) for layer in self.layers for name in moments])
         self._counts: list[Tensor] = []
 
-    @property
-    def examples(self) -> list[Tensor]:
-        return [buffer.tensor for buffer in self.buffers]
-
     def begin(self) -> None:
-        self._before = [buffer.tensor.clone() for buffer in self.buffers]
+        super().begin()
         self._counts = [
             _Buffer(layer, "num_batches_tracked").tensor.clone() for layer in self.layers
         ]
 
-    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+    def put(self, views: list[Tensor], tasks: Tensor) -> None:
         later = self.ranks.size - 1 - self.ranks.rank
         for view, buffer, before, kept in zip(
             views, self.buffers, self._before, self._kept(), strict=True
@@ -182,7 +189,7 @@ class _Followed:
         return shares
 
 
-class _Moved:
+class _Moved(_Buffers):
     """Other buffers that are saved: they move by the mean of what they moved by on the ranks.
 
     So what is a constant stays what it is, to the bit.
@@ -190,23 +197,17 @@ class _Moved:
 
     def __init__(self, learner: nn.Module) -> None:
         saved = learner.state_dict().keys()
-        self.buffers = [
-            _Buffer(module, name)
-            for prefix, module in learner.named_modules()
-            if not _follows(module)
-            for name, buffer in module.named_buffers(recurse=False)
-            if (f"{prefix}.{name}" if prefix else name) in saved and buffer.is_floating_point()
-        ]
-        self._before: list[Tensor] = []
+        super().__init__(
+            [
+                _Buffer(module, name)
+                for prefix, module in learner.named_modules()
+                if not _follows(module)
+                for name, buffer in module.named_buffers(recurse=False)
+                if (f"{prefix}.{name}" if prefix else name) in saved and buffer.is_floating_point()
+            ]
+        )
 
-    @property
-    def examples(self) -> list[Tensor]:
-        return [buffer.tensor for buffer in self.buffers]
-
-    def begin(self) -> None:
-        self._before = [buffer.tensor.clone() for buffer in self.buffers]
-
-    def put(self, views: list[Tensor], tasks: int | Tensor) -> None:
+    def put(self, views: list[Tensor], tasks: Tensor) -> None:
         for view, buffer, before in zip(views, self.buffers, self._before, strict=True):
             view.copy_((buffer.tensor - before) * tasks)
 

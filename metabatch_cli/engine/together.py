@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import json
@@ -27,12 +26,11 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from metabatch_cli.batching.auto import RANKS_HERE
-from metabatch_cli.config.beside import is_under_torchrun
+from metabatch_cli.config.beside import heed_end_of_parent, is_under_torchrun
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.engine.ranks import Group, RankLost, Ranks, refuse_other_group
 
 _PATIENCE = 20.0  # seconds for processes to end by themselves
-_PR_SET_PDEATHSIG = 1  # of prctl(2): <sys/prctl.h>
 _SIOCGIFADDR = 0x8915  # of ioctl(2): <linux/sockios.h>
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _FOLLOWER = """
@@ -49,8 +47,8 @@ follow_parent(int(sys.argv[2]))
 def joined(timeout: float) -> Iterator[Ranks]:
     """The group that this process was started in; alone, where there is none.
 
-    What a rank other than zero fails by, rank zero tells; there it ends the process with exit
-    code 1.
+    A rank other than zero that has only lost the others ends with exit code 1, without a word:
+    rank zero tells what happened.
 
     Args:
         timeout: seconds that the processes wait for each other.
@@ -60,7 +58,7 @@ def joined(timeout: float) -> Iterator[Ranks]:
         return
     refuse_other_group()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _heed_end_of_parent(signal.SIGTERM)  # a torchrun that is killed leaves its processes
+        heed_end_of_parent(signal.SIGTERM)  # a torchrun that is killed leaves its processes
     with _reachable(os.environ["MASTER_ADDR"]):
         place = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
         attempt = ""
@@ -154,7 +152,7 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
 
 def follow_parent(parent: int) -> None:
     """A process that `started` starts: it does as rank zero says, and ends when that one does."""
-    _heed_end_of_parent(signal.SIGKILL)
+    heed_end_of_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before it could be watched
         sys.exit(1)
     from metabatch_cli.engine.run import follow
@@ -166,12 +164,6 @@ def follow_parent(parent: int) -> None:
         if "METABATCH_DEBUG" in os.environ:
             raise
         sys.exit(1)  # the parent tells
-
-
-def _heed_end_of_parent(signum: int) -> None:
-    """Ask for a signal when the parent process ends; on Linux one can."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
 @contextmanager

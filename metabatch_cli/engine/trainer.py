@@ -148,6 +148,8 @@ class Trainer:
         self.average.begin()
         total = len(tasks.target_x)
         size = -(-total // self.config.accumulate)
+        shared = size < total or self.ranks.size > 1
+        counted = self.judged(tasks) if shared else torch.ones(())
         losses = []
         for start in range(0, total, size):
             whole = size == total
@@ -155,11 +157,11 @@ class Trainer:
             with self.precision.autocast():
                 loss = self.compute_loss(part)
                 if not whole:  # its share of the mean
-                    loss = loss * (self.judged(part) / max(self.judged(tasks), 1))
+                    loss = loss * (self.judged(part) / counted.clamp(min=1))
             loss.backward()
             losses.append(loss.detach())
         own_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        loss_of_all = self.average(own_loss, self.judged(tasks))
+        loss_of_all = self.average(own_loss, counted)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
@@ -267,10 +269,12 @@ class Trainer:
         """Whether something that happens every so many steps happens now."""
         return self.step % every == 0 or self.step == self.config.max_steps
 
-    def judged(self, tasks: Tasks) -> int | Tensor:
+    def judged(self, tasks: Tasks) -> Tensor:
         """How many tasks the mean in a loss is over."""
-        judged = self.learner.judged(tasks)
-        return len(tasks.target_x) if judged is None else judged.sum(dtype=self.precision.dtype)
+        dtype, judged = self.precision.dtype, self.learner.judged(tasks)
+        if judged is None:
+            return torch.tensor(len(tasks.target_x), dtype=dtype)
+        return judged.sum(dtype=dtype)
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of metrics to all loggers."""

@@ -98,7 +98,7 @@ def averaged(tasks: list[Tensor]) -> list[tuple[Weighted, Tensor]]:
         average.begin()
         loss = module(tasks[rank])
         loss.backward()
-        found[rank] = module, average(loss.detach(), len(tasks[rank]))
+        found[rank] = module, average(loss.detach(), torch.tensor(len(tasks[rank])))
 
     threads = [Thread(target=step, args=(rank,)) for rank in range(2)]
     for thread in threads:
