@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 import time
 import traceback
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 _BEAT = 0.5  # seconds between two signs of life
 _SILENCE = 5.0  # seconds without one after which a rank counts as gone
+_GLANCE = timedelta(seconds=0.2)  # after which one who waits heeds the signals that came
 
 
 class RankLost(UserError):
@@ -107,6 +109,7 @@ class Group(Ranks):
         self._store.set(f"place/{rank}", f"process {os.getpid()} on {os.uname().nodename}")
         # another connection: one that waits would keep the signs back
         self._heart = _Heart(dist.PrefixStore("metabatch", cast(Any, store).clone()), rank)
+        self._all = range(size)
         self._bulk: dist.ProcessGroup | None = None
         self._met = False
 
@@ -131,26 +134,35 @@ class Group(Ranks):
     # --- what they tell each other -----------------------------------------------------------
 
     def from_leader(self, thing: T | None = None) -> T:
-        box = [thing]
+        packed = _packed(thing if self.leads else None)
+        (length,) = self.largest([len(packed)])
+        box = packed if self.leads else packed.new_empty(length)
         with self._waiting():
-            dist.broadcast_object_list(box, src=0)
-        return cast(T, box[0])
+            _finish(dist.broadcast(box, src=0, async_op=True))
+        return cast(T, _unpacked(box))
 
     def gather(self, thing: T) -> list[T]:
-        found: list[Any] = [None] * self.size
+        packed = _packed(thing)
+        lengths = self.largest([len(packed) if rank == self.rank else 0 for rank in self._all])
+        own = packed.new_empty(max(lengths))
+        boxes = [torch.empty_like(own) for _ in self._all]
+        own[: len(packed)] = packed
         with self._waiting():
-            dist.all_gather_object(found, thing)
-        return found
+            _finish(dist.all_gather(boxes, own, async_op=True))
+        return [_unpacked(box[:length]) for box, length in zip(boxes, lengths, strict=True)]
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         found = torch.tensor(numbers, dtype=torch.int64)
         with self._waiting():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+            _finish(dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True))
         return found.tolist()
 
     def sum(self, numbers: Tensor) -> None:
         with self._waiting():
-            dist.all_reduce(numbers, group=self._bulk)
+            if self._bulk is not None:
+                dist.all_reduce(numbers, group=self._bulk)  # queued on the GPU
+            else:
+                _finish(dist.all_reduce(numbers, async_op=True))
 
     def own_device(self, device: str) -> str:
         kind, _, first = device.partition(":")
@@ -176,6 +188,8 @@ class Group(Ranks):
         words = {"said": said, "trace": "".join(traceback.format_exception(error))}
         with suppress(RuntimeError):  # nobody is there to read them
             self._store.set(f"failed/{self.rank}", json.dumps(words))
+        if self._bulk is not None:
+            self._bulk.abort()  # sums on the GPU that wait for ranks that do not come
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -195,7 +209,7 @@ class Group(Ranks):
             return RankLost("rank 0, which holds the processes together, is gone")
 
     def _who_is_gone(self, cause: str) -> RankLost:
-        others = [rank for rank in range(self.size) if rank != self.rank]
+        others = [rank for rank in self._all if rank != self.rank]
         beats: dict[int, tuple[bytes, float]] = {}
         until = time.monotonic() + 2 * _SILENCE
         while time.monotonic() < until:
@@ -236,6 +250,26 @@ class Group(Ranks):
         self._heart.stop()
         if self._met:
             dist.destroy_process_group()
+
+
+def _packed(thing: object) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
+
+
+def _unpacked(box: Tensor) -> Any:
+    return pickle.loads(box.numpy().data)
+
+
+def _finish(work: dist.Work) -> None:
+    """Wait until a collective is through; meanwhile Python's signal handlers run."""
+    while True:
+        try:
+            work.wait(_GLANCE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                work.wait()  # its own error, or none: it ended at this very moment
+                return
 
 
 class _Heart(threading.Thread):

@@ -142,7 +142,12 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
             _reachable("127.0.0.1"),
             _closed(Group(_room(store, 0), 0, processes, 0, timeout, what_ended)) as group,
         ):
-            yield group
+            try:
+                yield group
+            except KeyboardInterrupt:  # nobody wants to wait, and a hung one would be waited for
+                for follower in followers.values():
+                    follower.kill()
+                raise
     finally:
         _end(followers.values())
         os.environ.pop(RANKS_HERE)

@@ -117,6 +117,20 @@ def test_a_rank_that_hangs_ends_the_training_when_time_is_up(tmp_path):
     assert within_seconds(lambda: is_over(second))
 
 
+@pytest.mark.slow
+def test_whoever_does_not_want_to_wait_for_one_that_hangs_need_not(tmp_path, training):
+    second = second_rank(training.pid)
+    os.kill(second, signal.SIGSTOP)
+    time.sleep(1)  # until rank zero waits for it, which by itself would take ten minutes
+    training.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert training.poll() is None  # the first one asks for a step, which it may still take
+    training.send_signal(signal.SIGINT)
+    assert training.wait(10) == 130
+    assert result(tmp_path)["status"] == "interrupted"
+    assert within_seconds(lambda: is_over(second))
+
+
 # --- torchrun ----------------------------------------------------------------------------------
 
 TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "-m", "metabatch_cli"]
