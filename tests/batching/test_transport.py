@@ -443,6 +443,7 @@ def test_a_local_class_is_named():
         next(tested.stream())
 
 
+@pytest.mark.slow
 def test_tensors_and_locks_of_a_task_set_are_sent_and_nothing_of_them_stays():
     spawn = multiprocessing.get_context("spawn")
     taskset = Holds(table=torch.arange(5), more=torch.ones(3), lock=spawn.Lock())

@@ -57,8 +57,23 @@ def test_every_shipped_choice_composes_and_passes(group, name):
     assert config.trainer.max_steps >= 1
 
 
-@pytest.mark.parametrize("experiment", [name for group, name in FILES if group == "experiment"])
-@pytest.mark.parametrize("debug", [None, *(name for group, name in FILES if group == "debug")])
+EXPERIMENTS = [name for group, name in FILES if group == "experiment"]
+DEBUGS = [name for group, name in FILES if group == "debug"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "debug"),
+    [
+        *((experiment, None) for experiment in EXPERIMENTS),
+        *(("cnp_sine", debug) for debug in DEBUGS),
+        *(
+            pytest.param(experiment, debug, marks=pytest.mark.slow)
+            for experiment in EXPERIMENTS
+            for debug in DEBUGS
+            if experiment != "cnp_sine"
+        ),
+    ],
+)
 def test_every_experiment_passes_also_while_debugging(experiment, debug):
     from metabatch_cli.config.choices import resolve
 

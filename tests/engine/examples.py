@@ -24,13 +24,13 @@ from torch.distributions import Independent, Normal
 from metabatch_cli.batching import Task, TaskSet
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
-from metabatch_cli.config.compose import compose
 from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.run import train
 from metabatch_cli.learners.learner import CompileCost, Learner, Metric
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.report.console import Reporter
 from tasksets.functions import Functions
+from tests.composed import composed
 
 HERE = "tests.engine.examples"
 TINY = (
@@ -57,7 +57,7 @@ def new_directory() -> Path:
 @functools.cache
 def settings(*overrides: str) -> DictConfig:
     """A configuration of ten steps in a tenth of a second."""
-    return compose(*TINY, *overrides)
+    return composed(*TINY, *overrides)
 
 
 def settings_of(taskset: str, *overrides: str) -> DictConfig:
@@ -76,7 +76,7 @@ def with_taskset(config: DictConfig, taskset: str) -> DictConfig:
 def asked(*words: str) -> DictConfig:
     """A configuration from overrides; `tasks of NAME` among them chooses a task set of here."""
     mine = "tasks of "
-    config = compose(*(word for word in words if not word.startswith(mine)))
+    config = composed(*(word for word in words if not word.startswith(mine)))
     for word in words:
         if word.startswith(mine):
             config = with_taskset(config, word.removeprefix(mine))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from metabatch_cli.config.compose import compose
 from metabatch_cli.engine.parts import is_worth_compiling
 from metabatch_cli.engine.run import train
 from metabatch_cli.learners.learner import CompileCost
+from tests.composed import composed
 from tests.engine.examples import (
     Killed,
     Watcher,
@@ -27,7 +27,7 @@ def maml(directory, *overrides, after_step=None):
     """A short training, and what was said."""
     watcher = Watcher(after_step)
     short = ("+experiment=maml_sine", "+debug=short", "loader.batch_size=4", "loader.device=cpu")
-    train(compose(*short, "evaluation.figures=false", *overrides), directory, reporter=watcher)
+    train(composed(*short, "evaluation.figures=false", *overrides), directory, reporter=watcher)
     return watcher.text
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
-from metabatch_cli.config.compose import compose
 from metabatch_cli.engine.run import train
 from tasksets.images import LabelledImages
+from tests.composed import composed
 from tests.engine.examples import Watcher, differences, result, rows, state
 
 LEARNERS = {
@@ -41,7 +41,7 @@ class Drawings:
 @functools.cache
 def settings(learner: str) -> DictConfig:
     """Ten steps on tasks of 2 to 8 ways, whose classes have 1 to 3 shots of their own."""
-    config = compose(
+    config = composed(
         "taskset=omniglot_imbalanced",
         "taskset.ways=[2,8]",
         "taskset.shots=[1,3]",

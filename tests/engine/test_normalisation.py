@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from metabatch_cli.commands.eval import evaluate_run
-from metabatch_cli.config.compose import compose
 from metabatch_cli.engine.run import train
 from metabatch_cli.report.console import Reporter
 from tasksets.images import LabelledImages
 from tests.cli.program import metabatch
+from tests.composed import composed
 from tests.engine.examples import Watcher, new_directory
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ class Noise:
 
 def settings(learner: str, *more: str):
     size = ["pools=2", "flatten=false"] if learner == "relation" else []
-    return compose(
+    return composed(
         "taskset=omniglot_episodes",
         "~taskset.dataset",
         f"+taskset.dataset={{_target_: {HERE}.Noise}}",

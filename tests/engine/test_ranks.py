@@ -188,14 +188,15 @@ def alone(*overrides: str) -> Path:
     return directory
 
 
-def test_two_processes_learn_what_one_does():
-    trainings = [
-        SINE,
-        MAML,
-        GROUPS,
-        REPTILE,
-        (*SINE, "trainer.accumulate=2", "trainer.clip_norm=0.1"),
-    ]
+ACCUMULATED = (*SINE, "trainer.accumulate=2", "trainer.clip_norm=0.1")
+
+
+@pytest.mark.parametrize(
+    "trainings",
+    [[MAML, GROUPS, ACCUMULATED], pytest.param([SINE, REPTILE], marks=pytest.mark.slow)],
+    ids=["maml, groups, accumulated", "sine, reptile"],
+)
+def test_two_processes_learn_what_one_does(trainings):
     for directory, overrides in zip(together(*trainings), trainings, strict=True):
         assert_the_same(directory, alone(*overrides))
 

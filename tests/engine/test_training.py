@@ -258,7 +258,7 @@ def test_overfitting_sees_one_batch_again_and_again(tmp_path):
     assert len({row["loss"] for row in training_rows(tmp_path / "many")}) == 10
 
 
-@pytest.mark.parametrize("seed", [0, 1, -5, 2**40])
+@pytest.mark.parametrize("seed", [0, -5, 2**40])
 def test_the_same_configuration_in_another_directory_gives_the_same_weights(tmp_path, seed):
     for name in ("one", "other"):
         run(tmp_path / name, *learner("Noisy"), f"seed={seed}")

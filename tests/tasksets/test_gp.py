@@ -15,7 +15,6 @@ from metabatch_cli.batching.task import tree_map
 from metabatch_cli.config.build import build_evaluation_loaders, build_taskset
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
-from metabatch_cli.config.compose import compose
 from tasksets.gp import GaussianProcess
 from tasksets.kernels import (
     RBF,
@@ -26,6 +25,7 @@ from tasksets.kernels import (
     SpectralMixture,
     WeaklyPeriodic,
 )
+from tests.composed import composed
 
 RANGES = {"lengthscale": (0.1, 0.6), "amplitude": (0.1, 1.0)}
 TNP = [RBF(**RANGES), Matern(**RANGES), Periodic(**RANGES, period=(0.1, 0.5))]
@@ -301,12 +301,12 @@ def test_arguments_that_cannot_be_are_named(arguments, text):
 
 
 def built(*overrides):
-    return check(resolve(compose("model=cnp", "learner=neural_process", *overrides)))
+    return check(resolve(composed("model=cnp", "learner=neural_process", *overrides)))
 
 
 def test_test_sets_with_other_kernels_replace_the_kernel_and_nothing_else():
-    composed = resolve(compose("model=cnp", "learner=neural_process", "taskset=gp"))
-    composed["evaluation"]["test"] = {
+    config = resolve(composed("model=cnp", "learner=neural_process", "taskset=gp"))
+    config["evaluation"]["test"] = {
         "kernel=rbf": {},
         "kernel=matern": {
             "dataset": {"_target_": "tasksets.kernels.Matern", "nu": 1.5, "lengthscale": 0.3}
@@ -316,7 +316,7 @@ def test_test_sets_with_other_kernels_replace_the_kernel_and_nothing_else():
             "noise": 0.1,
         },
     }
-    config = check(composed)
+    config = check(config)
     loaders = build_evaluation_loaders(config, "test")
     sets = {name: loader.dataset for name, loader in loaders.items()}
     kinds = {name: type(taskset.dataset) for name, taskset in sets.items()}

@@ -19,11 +19,11 @@ from metabatch_cli.batching.plan import Plan
 from metabatch_cli.config.build import build_learner, build_loader, build_taskset
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
-from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import UserError
 from tasksets.functions import Functions, Sawtooth, Sine
 from tasksets.images import ImageCompletion, LabelledImages
 from tasksets.mixture import Mixture
+from tests.composed import composed
 
 SIZES = {"min_pts": 1, "max_ctx_pts": 5, "max_tgt_pts": 9}
 
@@ -537,15 +537,15 @@ def test_images_of_one_split_are_never_taken_for_those_of_another():
         Mixture({"images": images}, split="val")
 
 
-def composed(*overrides: str) -> Any:
+def declared(*overrides: str) -> Any:
     base = ("taskset=mixture", "model=cnp", "learner=neural_process", "loader.device=cpu")
-    return check(resolve(compose(*base, "trainer.threads=1", *overrides)))
+    return check(resolve(composed(*base, "trainer.threads=1", *overrides)))
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @both
 def test_nested_task_sets_of_a_configuration_are_built_for_the_split(mixed, split):
-    config = composed(f"taskset.mixed={mixed}", "taskset.weights={sine: 3, sawtooth: 1}")
+    config = declared(f"taskset.mixed={mixed}", "taskset.weights={sine: 3, sawtooth: 1}")
     config.taskset["tasksets"]["sine"]["n_tasks"] = 50
     taskset = build_taskset(config, split)
     assert isinstance(taskset, Mixture)
@@ -558,7 +558,7 @@ def test_nested_task_sets_of_a_configuration_are_built_for_the_split(mixed, spli
 
 
 def test_nested_task_sets_that_open_a_split_open_the_right_one():
-    config = composed()
+    config = declared()
     dataset = {"_target_": f"{__name__}.Grey"}
     sizes = {"min_pts": 1, "max_ctx_pts": 2, "max_tgt_pts": 3, "split": "train"}
     node = {"_target_": "tasksets.images.ImageCompletion", "dataset": dataset, **sizes}
@@ -582,7 +582,7 @@ def test_nested_task_sets_that_open_a_split_open_the_right_one():
 )
 def test_a_mistake_in_a_nested_task_set_is_said_under_its_own_key(override, said):
     with pytest.raises(UserError) as error:
-        build_taskset(composed(override), "train")
+        build_taskset(declared(override), "train")
     assert str(error.value).startswith(said)
 
 

@@ -81,6 +81,7 @@ def characters(names: tuple[str, ...]) -> set[str]:
     return {name.rsplit("/", 1)[0] for name in names}
 
 
+@pytest.mark.slow
 def test_vinyals_split_has_the_published_numbers_of_classes(data: Path) -> None:
     splits = {split: Omniglot(data).select(split) for split in SPLITS}
     for split, count in (("train", 1028), ("val", 172), ("test", 423)):
