@@ -79,8 +79,9 @@ class ResumableSweeper(BasicSweeper):
         assert self.hydra_context is not None
         from metabatch_cli.config.beside import sharing
 
-        # where Slurm keeps no accounts submitit complains each time that it looks for a job
-        logging.getLogger("submitit").setLevel(logging.ERROR)
+        # where Slurm keeps no accounts submitit complains each time that it looks for a job; its
+        # level it sets itself, once it is imported
+        logging.getLogger("submitit").addFilter(_is_error)
         setup_globals()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
@@ -160,6 +161,10 @@ class ResumableSweeper(BasicSweeper):
             config.hydra.job.id = config.hydra.job.num = job.number
         HydraConfig.instance().set_config(config)
         return config
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _summarise(directory: Path) -> None:
