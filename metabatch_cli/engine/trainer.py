@@ -80,7 +80,7 @@ class Trainer:
         self.device = loader.device or torch.device("cpu")
         self.precision = Precision(config.precision, self.device)
         self.metric = monitored(learner.metric, config.monitor)
-        self.compute_loss = compute_loss or learner
+        self.compute_loss = learner if compute_loss is None else compute_loss
         self.stop = StopSignals()
         self.stopped_by = 0  # the signal that ends it on all ranks
 
