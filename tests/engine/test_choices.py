@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
 import yaml
 
 from metabatch_cli.engine.parts import is_worth_compiling
@@ -55,6 +58,16 @@ def test_a_step_is_compiled_where_the_training_is_long_enough(tmp_path, seconds,
 def test_what_is_asked_for_is_not_chosen(tmp_path, asked, compiles):
     run(tmp_path, *choosing(seconds=1.0), f"trainer.compile={asked}")
     assert config_of(tmp_path)["trainer"]["compile"] is compiles
+
+
+def test_a_neural_process_learns_the_same_compiled(tmp_path, monkeypatch):
+    traced = functools.partial(torch.compile, backend="eager")  # all but the compiler itself
+    monkeypatch.setattr(torch, "compile", traced)
+    few = ("trainer.precision=64", "trainer.max_steps=3", "scheduler=none")
+    for compiles in ("true", "false"):
+        run(tmp_path / compiles, f"trainer.compile={compiles}", *few)
+    compiled, plain = (state(tmp_path / name)["learner"] for name in ("true", "false"))
+    torch.testing.assert_close(compiled, plain)
 
 
 def test_a_learner_that_says_nothing_of_compiling_is_not_compiled(tmp_path):
