@@ -219,7 +219,7 @@ def assert_same(ones: list[Tensor], others: list[Tensor]) -> None:
 
 @every_case
 @both_modes
-@pytest.mark.parametrize("fill", [1e6, math.inf, math.nan])
+@pytest.mark.parametrize("fill", [1e6, math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_what_stands_in_the_padding_changes_no_bit_of_loss_and_gradient(name, training, fill):
     learner, tasks = case(name, training)
     batch = longer(tasks, 2)

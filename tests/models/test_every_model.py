@@ -298,7 +298,7 @@ def test_padding_changes_neither_prediction_nor_gradient(
 
 
 @same_draws_for_other_points
-@pytest.mark.parametrize("fill", [1e6, math.inf, math.nan])
+@pytest.mark.parametrize("fill", [1e6, math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scoring", ["marginal", "joint"])
 @pytest.mark.parametrize("loss_on", ["target", "context+target"])
 def test_whatever_stands_in_the_padding_is_not_learned(name, fill, scoring, loss_on):
