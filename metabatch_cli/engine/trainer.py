@@ -185,6 +185,7 @@ class Trainer:
         self._first_bad = torch.where(bad, self.step, self._first_bad)
         # looking at the number waits for a GPU to get there: we look once a row
         if self.step % self.config.log_every == 0:
+            self.ranks.largest([self.step])  # tells who is gone: a sum on GPUs waits for them
             self.refuse_bad_loss()
             self.reporter.advance(self.step, self.config.max_steps, loss.item())
 
