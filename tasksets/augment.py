@@ -53,8 +53,9 @@ class Affine:
         cosine, sine = angle.cos(), angle.sin()
         sides = torch.tensor(images.shape[:1:-1])[:, None]  # width, height
         moved = 2 * self.shift * draws[4:6] / sides  # the image goes from −1 to 1
-        across = [cosine * wider, self.shear * draws[3] - sine, moved[0]]
-        down = [sine, cosine * higher, moved[1]]
+        aspect = images.shape[2] / images.shape[3]  # a turn is one of pixels
+        across = [cosine * wider, (self.shear * draws[3] - sine) * aspect, moved[0]]
+        down = [sine / aspect, cosine * higher, moved[1]]
         maps = torch.stack([torch.stack(across, dim=1), torch.stack(down, dim=1)], dim=1)
         places = F.affine_grid(maps, list(images.shape), align_corners=False)
         changed = F.grid_sample(

@@ -31,6 +31,8 @@ class _CountedAtOnce(torch.optim.Optimizer):
     """
 
     kernel: Callable[..., Any]
+    decoupled: bool
+    """Whether the kernel's weight decay is."""
     _prepared: list[_Weights] | None = None
 
     @torch.no_grad()
@@ -76,7 +78,9 @@ class _CountedAtOnce(torch.optim.Optimizer):
 
     def _suits(self, group: dict[str, Any]) -> bool:
         """Whether all weights have moved, in the plain way, and lie in one place."""
-        plain = group["fused"] and not (group["amsgrad"] or isinstance(group["lr"], Tensor))
+        other = group["amsgrad"] or isinstance(group["lr"], Tensor)
+        decoupled = group.get("decoupled_weight_decay", self.decoupled) == self.decoupled
+        plain = group["fused"] and decoupled and not other
         moved = all("step" in self.state[weight] for weight in group["params"])
         places = {(weight.device, weight.dtype) for weight in group["params"]}
         return bool(plain and moved and len(places) == 1)
@@ -95,10 +99,12 @@ class _CountedAtOnce(torch.optim.Optimizer):
 class Adam(_CountedAtOnce, torch.optim.Adam):
     """Kingma & Ba 2015 (arXiv:1412.6980)."""
 
+    decoupled = False
     kernel = staticmethod(torch._fused_adam_)
 
 
 class AdamW(_CountedAtOnce, torch.optim.AdamW):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
+    decoupled = True
     kernel = staticmethod(torch._fused_adamw_)

@@ -336,9 +336,9 @@ def _impossible(name: str, entry: Mapping[str, Any]) -> str:
 
 def monitored(metric: Metric, monitor: str | None) -> Metric:
     """The metric that picks the best checkpoint: the learner's own, or the one asked for."""
-    if monitor is None or monitor == metric.name:
-        return metric
-    name = monitor.removeprefix("val/")
+    name = metric.name if monitor is None else monitor.removeprefix("val/")
+    if name.partition("@")[0] == metric.name.partition("@")[0]:
+        return Metric(name, metric.higher_is_better)
     lower = ("loss", "mse", "rmse", "error")  # of what is not known better, more is better
     return Metric(name, not name.partition("@")[0].endswith(lower))
 
@@ -349,4 +349,7 @@ def _parts(name: str) -> tuple[str, set[str]]:
 
 
 def _matches(name: tuple[str, set[str]], wanted: tuple[str, set[str]]) -> bool:
-    return name[0] == wanted[0] and wanted[1] <= name[1]
+    """Whether a score is of what is wanted, of some set; scored jointly it is of something else."""
+    others = name[1] - wanted[1]
+    measured_otherwise = any(part.startswith(("scoring=", "predict=")) for part in others)
+    return name[0] == wanted[0] and wanted[1] <= name[1] and not measured_otherwise

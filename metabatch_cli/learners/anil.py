@@ -28,16 +28,16 @@ class ANIL(MAML):
     def __init__(self, model: nn.Module, ways: int | None = None, **arguments: Any) -> None:
         super().__init__(model, ways, **arguments)
         head = getattr(model, "head", None)
-        own = {id(part) for part in head.parameters()} if isinstance(head, nn.Module) else set()
+        own = {}
+        if isinstance(head, nn.Module):
+            own = {id(part): name for name, part in head.named_parameters()}
         if not own or not hasattr(model, "features"):
             raise ValueError(
                 f"{type(model).__name__} has no features(x) and head with weights, of which ANIL "
                 "adapts the head (Conv-4: model.head=true)"
             )
         self.of_head = {
-            name: name.rpartition(".")[2]
-            for name, part in model.named_parameters()
-            if id(part) in own
+            name: own[id(part)] for name, part in model.named_parameters() if id(part) in own
         }
         self._body = (_Features(model),)  # in a tuple: no module of this one a second time
 

@@ -124,7 +124,12 @@ class EmbeddingLearner(Learner):
             parts = real.split(mask.sum(dim=1).tolist())
             counts = mask[:, : context_x.shape[1]].sum(dim=1).tolist()
             pairs = [pair for pair in zip(parts, counts, strict=True) if len(pair[0])]
-            embedded = torch.cat([self._embed_one(part, count) for part, count in pairs])
+            if pairs:
+                embedded = torch.cat([self._embed_one(part, count) for part, count in pairs])
+            else:  # nothing, of which a loss can be differentiated all the same
+                weights = (weight.flatten()[:0].sum() for weight in self.model.parameters())
+                shape = embedded_shape(self.model, tuple(points.shape[2:]))
+                embedded = real.new_zeros(0, *shape) + sum(weights)
         else:
             embedded = self.model(real)
         return embedded.new_zeros(*mask.shape, *embedded.shape[1:]).index_put((mask,), embedded)
@@ -214,12 +219,15 @@ def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def without_absent(logits: Tensor, shots: Tensor) -> Tensor:
-    """Logits `[tasks, points, ways]` with −∞ for classes of which there are no shots.
+    """Logits `[tasks, points, ways]` with −∞ for classes of which there are no shots; of a task
+    without any, where all classes are as likely, 0.
 
     Args:
         shots: points of each class, `[tasks, ways]`.
     """
-    return logits.masked_fill((shots == 0)[:, None, :], -torch.inf)
+    absent = shots == 0
+    logits = logits.masked_fill(absent[:, None, :], -torch.inf)
+    return logits.masked_fill(absent.all(dim=1)[:, None, None], 0)
 
 
 @torch.no_grad()

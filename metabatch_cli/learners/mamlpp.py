@@ -66,7 +66,8 @@ class MAMLPlusPlus(GradientBased):
             for name in self.adapting
         )
         self.norms = nn.ParameterList(
-            model.get_parameter(name).detach().repeat(inner_steps, 1) for name in of_norms
+            nn.Parameter(own.detach().repeat(inner_steps, 1), requires_grad=own.requires_grad)
+            for own in map(model.get_parameter, of_norms)
         )
         for name in of_norms:  # the network's own were only what those of every step begin with
             owner, _, part = name.rpartition(".")

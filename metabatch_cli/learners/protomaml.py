@@ -58,7 +58,8 @@ class ProtoMAML(MAML):
         if "mask" in context:
             members = members * context["mask"][:, None]
         counts = members.sum(dim=0)[:, None]
-        prototypes = members.mT @ embedded / counts.clamp(min=1)
+        with torch.autocast(embedded.device.type, enabled=False):  # in as many bits, as in `output`
+            prototypes = members.mT @ embedded / counts.clamp(min=1)
         # a class without an image in the context is no answer
         absent = torch.where(counts[:, 0] > 0, 0.0, -1e4).to(embedded.dtype)
         head = 2 * prototypes, absent - prototypes.square().sum(dim=1)

@@ -213,6 +213,9 @@ class LowRankNormal(Predictive):
         root = torch.linalg.cholesky(covariance).to(self.dtype)
         return MultivariateNormal(mean, scale_tril=root, validate_args=False)
 
+    def functions(self, count: int) -> Tensor:
+        return self._in_common(count).to(self.dtype)
+
     def log_prob(self, value: Tensor) -> Tensor:
         # what is padding: noise of deviation 1 that is 0 and belongs to nothing else
         sigma = self.sigma
@@ -246,10 +249,14 @@ class LowRankNormal(Predictive):
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """`[*sample_shape, tasks, n_target, dim_y]`."""
         count, shape = self._drawn(sample_shape)
-        common = self.loc.new_empty(count, shape[-3], self.factor.shape[-1]).normal_()
+        drawn = self._in_common(count)
         own = self.loc.new_empty(count, *self.loc.shape).normal_()
-        drawn = self.loc + (self.factor @ common[:, :, None, :, None])[..., 0] + self.sigma * own
-        return drawn.to(self.dtype).reshape(shape)
+        return (drawn + self.sigma * own).to(self.dtype).reshape(shape)
+
+    def _in_common(self, count: int) -> Tensor:
+        """Samples without the noise of each, `[count, tasks, n_target, dim_y]`."""
+        normal = self.loc.new_empty(count, len(self.loc), self.factor.shape[-1]).normal_()
+        return self.loc + (self.factor @ normal[:, :, None, :, None])[..., 0]
 
 
 class Autoregressive(Predictive):

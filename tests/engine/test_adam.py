@@ -53,6 +53,18 @@ def test_steps_are_torchs_with_weights_left_out_and_a_new_rate(our_class, their_
     assert_the_same(optimizers, both)
 
 
+def test_a_weight_decay_that_is_decoupled_stays_so():
+    both = twice()
+    settings = {**SETTINGS, "weight_decay": 0.5, "decoupled_weight_decay": True}
+    optimizers = [
+        each(weights, **settings)
+        for each, weights in zip((adam.Adam, torch.optim.Adam), both, strict=True)
+    ]
+    for weights, optimizer in zip(both, optimizers, strict=True):
+        take_steps(weights, optimizer, range(3))
+    assert_the_same(optimizers, both)
+
+
 @pytest.mark.parametrize(("our_class", "their_class"), PAIRS)
 def test_groups_have_their_own_rates(our_class, their_class):
     both = twice()

@@ -118,6 +118,19 @@ def test_a_metric_is_the_mean_over_all_sets_that_have_it():
     assert evaluation.find("val", "mse@shots=1") == 1.0
 
 
+def test_a_metric_that_is_scored_otherwise_is_another_one():
+    evaluation = Evaluation(
+        {
+            "val/log_likelihood@kernel=rbf": {"mean": 1.0},
+            "val/log_likelihood@kernel=rbf,scoring=joint": {"mean": 10.0},
+            "val/log_likelihood@kernel=matern": {"mean": 3.0},
+            "val/log_likelihood@kernel=matern,scoring=joint": {"mean": 30.0},
+        }
+    )
+    assert evaluation.find("val", "log_likelihood") == 2.0
+    assert evaluation.find("val", "log_likelihood@scoring=joint") == 20.0
+
+
 def test_a_metric_that_is_not_there_is_none():
     assert Evaluation().find("val", "mse") is None
     assert Evaluation({"val/mse": {"mean": 1.0}}).find("val", "ms") is None
@@ -140,6 +153,11 @@ def test_a_metric_that_is_not_there_is_none():
 )
 def test_which_end_of_a_metric_is_its_best(monitor, name, higher):
     assert monitored(Metric("accuracy", True), monitor) == Metric(name, higher)
+
+
+@pytest.mark.parametrize("monitor", ["nll", "val/nll", "nll@shots=5", "val/nll@shots=5"])
+def test_a_learner_knows_which_end_of_its_own_metric_is_the_best(monitor):
+    assert not monitored(Metric("nll", False), monitor).higher_is_better
 
 
 def test_better_is_more_or_less_and_never_the_same():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metabatch_cli.batching import PaddedTask, Task
 from metabatch_cli.batching.task import slice_tasks
@@ -152,6 +153,38 @@ def test_anil_adapts_the_head_only():
     assert {tuple(part.shape) for part in weights.values()} == {(1, 6), (1,)}
     with pytest.raises(ValueError, match=r"Sequential has no features.*model\.head=true"):
         ANIL(nn.Sequential(nn.Linear(1, 1)))
+
+
+class Deep(nn.Module):
+    """A body and a head of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(1, 6)
+        self.head = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.body(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def test_anil_adapts_a_head_of_several_layers():
+    learner, tasks = ANIL(Deep().double(), inner_lr=0.1, eval_steps=[0, 5]), regression()
+    learner(tasks).backward()
+    assert all(weight.grad.any() for weight in learner.model.head.parameters())
+    scores = learner.score(tasks)
+    assert not torch.equal(scores["mse@steps=0"], scores["mse@steps=5"])
+
+
+def test_frozen_weights_of_a_norm_stay_frozen_with_one_of_each_step():
+    network = conv("batch", 3)
+    norm = next(layer for layer in network.modules() if isinstance(layer, _BatchNorm))
+    norm.weight.requires_grad_(False)
+    learner = MAMLPlusPlus(network, ways=3, inner_steps=2)
+    assert [own.requires_grad for own in learner.norms][:2] == [False, True]
 
 
 def test_a_learned_rate_moves_a_weight_by_rate_times_gradient():

@@ -316,6 +316,30 @@ def test_a_task_that_is_all_padding_does_no_harm(name):
     learner.predict(batch.context_x, batch.context_y, batch.target_x, **batch.masks)
 
 
+every_embedding = pytest.mark.parametrize("name", list(embedding_learners()))
+
+
+@every_embedding
+def test_a_task_without_context_is_guessed_at(name):
+    tasks = episodes()
+    blind = tasks[0]._replace(context_x=tasks[0].context_x[:0], context_y=tasks[0].context_y[:0])
+    learner, batch = embedding_learner(name).train(), pad([*tasks, blind])
+    assert all(bool(number.isfinite().all()) for number in loss_and_gradients(learner, batch))
+    learner.eval()
+    *others, own = learner.score(batch)["log_likelihood"].unbind()
+    assert own.item() == pytest.approx(-math.log(4))  # of the four classes in the batch
+    torch.testing.assert_close(torch.stack(others), learner.score(pad(tasks))["log_likelihood"])
+
+
+@every_embedding
+def test_a_batch_that_is_all_padding_teaches_nothing(name):
+    nothing = [Task(*(field[:0] for field in task[:4]), task.aux) for task in episodes()[:2]]
+    learner = embedding_learner(name).train()
+    before = [buffer.clone() for buffer in learner.buffers()]
+    assert not any(number.any() for number in loss_and_gradients(learner, longer(nothing, 3)))
+    assert all(map(torch.equal, before, learner.buffers()))
+
+
 # --- each on its own ---------------------------------------------------------------------------
 
 

@@ -321,6 +321,16 @@ def test_in_single_precision_the_density_is_computed_in_double(kind):
     assert predictive(kind, single).sample().dtype == torch.float32
 
 
+def test_low_rank_functions_are_samples_without_each_targets_own_noise():
+    torch.manual_seed(0)
+    mean, factor = torch.randn(2, 5, 1), torch.randn(2, 5, 1, 3)
+    drawn = LowRankNormal(mean, factor, torch.ones(2, 5, 1)).functions(20_000).squeeze(-1)
+    torch.testing.assert_close(drawn.mean(dim=0), mean[..., 0], rtol=0, atol=0.1)
+    for task in range(2):
+        covariance = factor[task, :, 0] @ factor[task, :, 0].mT
+        torch.testing.assert_close(drawn[:, task].mT.cov(), covariance, rtol=0.1, atol=0.1)
+
+
 def test_low_rank_without_targets_has_density_1():
     p = parts(0, 2)
     assert_same(predictive("low rank", p).log_prob(p["y"]), torch.zeros(N_TASKS).double())

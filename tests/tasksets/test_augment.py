@@ -50,6 +50,20 @@ def test_an_image_is_moved_by_at_most_so_many_pixels():
         assert moved.mean().abs() < 0.4
 
 
+def test_a_turned_bar_is_as_long_and_as_wide_in_an_image_of_any_shape():
+    bar = torch.zeros(1, 1, 40, 80, dtype=torch.uint8)
+    bar[:, :, 10:30, 38:42] = 255  # 20 high, 4 wide
+    for draw in range(5):
+        turned = Affine(**{**NOTHING, "rotate": 80})(bar, generator(draw)).float() / 255
+        assert turned.sum() == pytest.approx(80, rel=0.05)
+        rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(80.0), indexing="ij")
+        places = torch.stack([rows - 19.5, columns - 39.5]).flatten(1)
+        spread = (places * turned.flatten()) @ places.T / turned.sum()
+        long, wide = torch.linalg.eigvalsh(spread).sqrt().flip(0)
+        assert long == pytest.approx(20 / 12**0.5, rel=0.05)
+        assert wide == pytest.approx(4 / 12**0.5, rel=0.15)
+
+
 def test_a_constant_image_stays_one_where_the_border_goes_on():
     white = torch.full((9, 1, 8, 8), 200, dtype=torch.uint8)
     big = Affine(45, 0.3, 0.3, 3, beyond="border")
