@@ -147,7 +147,9 @@ class _Followed(_Buffers):
     """Running averages of batch normalisation, which follow one task after the other.
 
     Rank zero's tasks come first, then those of rank one, and so on, as in a single process: with
-    momentum m and k tasks a rank, `b` becomes `aᴿ b + Σ_r aᴿ⁻¹⁻ʳ (b_r − a b)`, a = (1 − m)ᵏ.
+    momentum m and k_r tasks on rank r that a layer saw, `b` becomes `a_r b + (b_r − a_r b₀)` for
+    one rank after the other, a_r = (1 − m)^k_r and b₀ what it was before all. A layer may see
+    fewer tasks on one rank than on another, so each rank has places of its own in the bucket.
     """
 
     def __init__(self, learner: nn.Module, ranks: Ranks) -> None:
@@ -155,38 +157,52 @@ class _Followed(_Buffers):
         self.layers = [layer for layer in learner.modules() if _follows(layer)]
         moments = ("running_mean", "running_var")
         super().__init__([_Buffer(layer, name) for layer in self.layers for name in moments])
-        self._counts: list[Tensor] = []
+        self._counters = [_Buffer(layer, "num_batches_tracked") for layer in self.layers]
+        self._counts: Tensor
+
+    @property
+    def examples(self) -> list[Tensor]:
+        if not self.layers:
+            return []
+        each = (self._counted().float(), torch.cat(super().examples))
+        return [example.expand(self.ranks.size, -1) for example in each]
 
     def begin(self) -> None:
         super().begin()
-        self._counts = [
-            _Buffer(layer, "num_batches_tracked").tensor.clone() for layer in self.layers
-        ]
+        if self.layers:
+            self._counts = self._counted()
 
     def put(self, views: list[Tensor], tasks: Tensor) -> None:
-        later = self.ranks.size - 1 - self.ranks.rank
-        for view, buffer, before, kept in zip(
-            views, self.buffers, self._before, self._kept(), strict=True
-        ):
-            view.copy_((buffer.tensor - kept * before) * kept**later)
+        if not self.layers:
+            return
+        counts, moved = (view[self.ranks.rank] for view in views)
+        counts.copy_(self._counted() - self._counts)
+        now = torch.cat([buffer.tensor for buffer in self.buffers])
+        moved.copy_(now - self._kept(counts) * torch.cat(self._before))
 
     def take(self, views: list[Tensor], tasks: Tensor) -> None:
-        for view, buffer, before, kept in zip(
-            views, self.buffers, self._before, self._kept(), strict=True
-        ):
-            buffer.tensor.copy_(kept**self.ranks.size * before + view)
-        for layer, count in zip(self.layers, self._counts, strict=True):
-            now = _Buffer(layer, "num_batches_tracked").tensor
-            now.copy_(count + (now - count) * self.ranks.size)
+        if not self.layers:
+            return
+        counts, moved = views
+        now = torch.cat(self._before)
+        for kept, by in zip(self._kept(counts), moved, strict=True):
+            now = kept * now + by
+        sizes = [before.numel() for before in self._before]
+        _copy(now.split(sizes), [buffer.tensor for buffer in self.buffers])
+        seen = self._counts + counts.sum(dim=0).to(self._counts.dtype)
+        _copy(seen.unbind(), [counter.tensor for counter in self._counters])
 
-    def _kept(self) -> list[Tensor]:
-        """What part of each average is left of what it was before."""
+    def _counted(self) -> Tensor:
+        """How many tasks each layer has seen."""
+        return torch.stack([counter.tensor for counter in self._counters])
+
+    def _kept(self, counts: Tensor) -> Tensor:
+        """What part of each number is left after so many tasks: `[…, layers]` → `[…, numbers]`."""
         shares = []
-        for layer, count in zip(self.layers, self._counts, strict=True):
-            tasks = _Buffer(layer, "num_batches_tracked").tensor - count
-            share = (1 - cast(float, layer.momentum)) ** tasks.to(self.examples[0].dtype)
-            shares += [share, share]  # of mean and variance
-        return shares
+        for layer, count in zip(self.layers, counts.unbind(dim=-1), strict=True):
+            share = (1 - cast(float, layer.momentum)) ** count[..., None]
+            shares.append(share.expand(*count.shape, 2 * cast(int, layer.num_features)))
+        return torch.cat(shares, dim=-1)
 
 
 class _Moved(_Buffers):

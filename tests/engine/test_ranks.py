@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier, Thread
@@ -87,13 +87,15 @@ class Weighted(nn.Module):
         return loss
 
 
-def averaged(tasks: list[Tensor]) -> list[tuple[Weighted, Tensor]]:
+def averaged(
+    tasks: Sequence[Sequence[Tensor]], make: Callable[[], nn.Module] = Weighted
+) -> list[tuple[nn.Module, Tensor]]:
     """Each rank's module and loss after a step on its own tasks."""
     found: list = [None, None]
 
     def step(rank: int) -> None:
         torch.manual_seed(0)
-        module = Weighted()
+        module = make()
         average = Averaging(module, OneOfTwo(rank))
         average.begin()
         loss = module(tasks[rank])
@@ -124,6 +126,46 @@ def test_ranks_of_unequal_parts_have_the_mean_over_all_tasks(cut):
         torch.testing.assert_close(module.running, alone.running)
         assert torch.equal(module.constant, alone.constant)
         assert module.steps == 1
+
+
+class Normalising(nn.Module):
+    """Batch normalisation of tasks that have points, and of those that have more than three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some = nn.BatchNorm1d(2, dtype=torch.float64)
+        self.more = nn.BatchNorm1d(2, momentum=0.3, dtype=torch.float64)
+        for layer in (self.some, self.more):
+            layer.running_mean.fill_(2.0)
+            layer.num_batches_tracked.fill_(2**24 + 1)  # more than 32 bits of a float can count
+
+    def forward(self, tasks: Sequence[Tensor]) -> Tensor:
+        loss = self.some.weight.sum() + self.more.weight.sum()
+        for task in tasks:
+            if len(task):
+                loss = loss + self.some(task).square().mean()
+            if len(task) > 3:
+                loss = loss + self.more(3 * task).square().mean()
+        return loss
+
+
+@pytest.mark.parametrize(
+    "points",
+    [((5, 4), (6, 4)), ((5, 3), (4, 0)), ((0, 4), (5, 3)), ((3, 2), (4, 7)), ((5, 6, 4), (0,))],
+    ids=str,
+)
+def test_running_averages_follow_the_tasks_that_each_rank_has_seen(points):
+    draws = torch.Generator().manual_seed(3)
+    tasks = [
+        [torch.rand(count, 2, dtype=torch.float64, generator=draws) for count in of_rank]
+        for of_rank in points
+    ]
+    alone = Normalising()
+    alone(tasks[0] + tasks[1])
+    first, second = (dict(module.named_buffers()) for module, _ in averaged(tasks, Normalising))
+    for name, expected in alone.named_buffers():
+        torch.testing.assert_close(first[name], expected, rtol=1e-12, atol=0)
+        assert torch.equal(first[name], second[name]), name
 
 
 # --- whole trainings, with a second process ----------------------------------------------------
