@@ -60,6 +60,9 @@ def why_not_at_once(compute: Callable[[], Tensor]) -> str | None:
 def treats_points_apart(model: nn.Module, x: Tensor) -> bool:
     """Whether a point's output depends on no other point, so that padding cannot matter.
 
+    Torch's generators stay as they were, also if the network draws: a training that was resumed
+    may ask at another step.
+
     Args:
         x: `[tasks, points, …]`, for its shape and type.
     """
@@ -67,7 +70,8 @@ def treats_points_apart(model: nn.Module, x: Tensor) -> bool:
         return False  # nothing to differentiate by: one after the other is always right
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(4, *x.shape[2:], generator=generator).to(x).requires_grad_()
-    with torch.enable_grad():
+    drawn_from = [x.device] if x.is_cuda else []  # beside the CPU's generator
+    with torch.random.fork_rng(drawn_from), torch.enable_grad():
         first = model(points)[0].flatten()
         # weighted, since a plain sum may be constant (of probabilities it is 1)
         weighted = first @ torch.arange(1, len(first) + 1).to(first)

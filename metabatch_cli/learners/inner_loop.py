@@ -384,18 +384,26 @@ class GradientBased(Learner):
 
     def _goes_at_once(self, context: Points, target: Points) -> bool:
         """Whether these tasks adapt under vmap."""
-        if not self._at_once or ("mask" not in context and "mask" not in target):
-            return bool(self._at_once)
-        if self._points_apart is None:
-            with normalised(self.model, "transductive"):  # as `call` does it
-                self._points_apart = treats_points_apart(self.model, target["x"])
-        return self._points_apart
+        padded = "mask" in context or "mask" in target
+        return bool(self._at_once and (self._points_apart or not padded))
 
     @torch.no_grad()
     def _decide(self, context: Points, target: Points) -> None:
-        """Whether tasks can adapt at once: asked of the network once, then remembered."""
-        if self._at_once is not None:
-            return
+        """Whether tasks can adapt at once, and padded ones too: asked of the network once, then
+        remembered.
+
+        Has to come before anything is traced, since tracing has no numbers to look at.
+        """
+        if self._at_once is None:
+            self._at_once = self._can_go_at_once(context, target)
+        padded = "mask" in context or "mask" in target
+        if padded and self._at_once and self._points_apart is None:
+            device = target["x"].device.type
+            with without_cache(device), normalised(self.model, "transductive"):  # as `call` does it
+                self._points_apart = treats_points_apart(self.model, target["x"])
+
+    def _can_go_at_once(self, context: Points, target: Points) -> bool:
+        """Whether tasks without padding can adapt at once, and may."""
         meta = self._meta()
         context, _ = self.seen(meta, *each_task(context, target)[0])
         weights = self.first(meta, context)
@@ -416,7 +424,7 @@ class GradientBased(Learner):
         reason = why_not_at_once(compute)
         if self.inner_loop == "vmap" and reason is not None and "wrong" in reason:
             raise ValueError(f"inner_loop='vmap': {reason}; choose from auto, loop")
-        self._at_once = self.inner_loop == "vmap" or (self.inner_loop == "auto" and reason is None)
+        return self.inner_loop == "vmap" or (self.inner_loop == "auto" and reason is None)
 
     def _seconds(self, at_once: bool, tasks: Tasks) -> float:
         """A step's loss and gradients, in one of both ways: a median, after one that warms up."""

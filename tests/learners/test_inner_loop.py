@@ -440,6 +440,46 @@ def uncompiled(graph: Callable[..., list[Tensor]], *args: object) -> Callable[..
     return graph
 
 
+def padded(tasks: Task) -> PaddedTask:
+    """The same with a point of padding behind the first task's context and targets."""
+    masks = [torch.ones(x.shape[:2], dtype=torch.bool) for x in (tasks[0], tasks[2])]
+    for mask in masks:
+        mask[0, -1] = False
+    return PaddedTask(*tasks[:2], masks[0], *tasks[2:4], masks[1], {})
+
+
+@pytest.mark.parametrize("chosen_by", ["nothing", "plain tasks", "padded tasks"])
+@pytest.mark.parametrize("varying", [True, False])
+def test_padded_tasks_are_compiled_with_all_options_given(varying, chosen_by, monkeypatch, caplog):
+    """As a resumed training has them; the first tasks may be of one size, and none be asked."""
+    monkeypatch.setattr(meta_gradient, "compiled", uncompiled)
+    learner, tasks = case(SMOOTH, "maml", inner_loop="vmap")
+    if chosen_by != "nothing":
+        learner.choose(padded(tasks) if chosen_by == "padded tasks" else tasks)
+    tasks = padded(tasks)
+    loss_of = learner.compiled(varying)
+    with caplog.at_level(logging.WARNING, "metabatch"):
+        found = loss_of(tasks)
+    assert "not compiled" not in caplog.text
+    assert None not in loss_of.args[0]._graphs.values()
+    torch.testing.assert_close(found.detach(), learner(tasks).detach())
+
+
+def test_asking_whether_padding_matters_draws_nothing():
+    """It is asked at the first padded batch, after a resume too: steps draw as they did before."""
+    drawing = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double().train()
+    learner = MAML(drawing, inner_loop="vmap").train()
+    tasks = regression()
+    learner.choose(tasks)
+    states = []
+    for _ in range(2):  # with the question and without it
+        torch.manual_seed(0)
+        learner(padded(tasks))
+        states.append(torch.get_rng_state())
+    assert learner._points_apart
+    assert torch.equal(*states)
+
+
 def test_a_graph_for_all_sizes_is_for_one_number_of_tasks(monkeypatch):
     monkeypatch.setattr(meta_gradient, "compiled", uncompiled)
     learner, tasks = case(SMOOTH, "maml")
