@@ -19,7 +19,7 @@ from metabatch_cli.batching.streams import (
     one_at_a_time,
     seed_global_generators,
 )
-from metabatch_cli.batching.task import concatenate, contiguous
+from metabatch_cli.batching.task import Task, concatenate, contiguous
 from metabatch_cli.batching.taskset import TaskSet, makes_whole_batches
 
 
@@ -110,7 +110,19 @@ class BatchMaker:
             generator.manual_seed(self._seeds.at(step, shard)[0] >> 1)
             numbers = numbers.to(self.device)
         n_context, n_target, more = _split(sizes)
-        return self.taskset.__gettasks__(numbers, n_context, n_target, generator=generator, **more)
+        made = self.taskset.__gettasks__(numbers, n_context, n_target, generator=generator, **more)
+        if not self.taskset.ragged:
+            self._check_count(made, len(indices))
+        return made
+
+    def _check_count(self, made: Any, wanted: int) -> None:
+        targets = made.get("target_x") if isinstance(made, dict) else None
+        targets = made.target_x if isinstance(made, Task) else targets
+        if torch.is_tensor(targets) and len(targets) != wanted:
+            raise ValueError(
+                f"{type(self.taskset).__name__}.__gettasks__ made {len(targets)} tasks of {wanted} "
+                f"indices: target_x is {list(targets.shape)}, and tasks are its first dimension"
+            )
 
     def _make_each(self, spec: BatchSpec) -> Any:
         tasks = []

@@ -112,7 +112,7 @@ class _Job:
         try:
             return job(config)
         except Exception as error:  # here and not in the app: Hydra would print a line of its own
-            from metabatch_cli.config.errors import explain
+            from metabatch_cli.config.errors import UserError, explain
 
             hydra = HydraConfig.get()
             name = ""
@@ -121,6 +121,6 @@ class _Job:
                     raise  # told of when all are done
                 name = f"{Path(hydra.runtime.output_dir).name}: "
             print(f"metabatch: {name}{explain(error)}", file=sys.stderr, flush=True)
-            if name:  # the sweeper goes on, and knows
-                raise
+            if name:  # the sweeper goes on, and knows; not every exception can be sent to it
+                raise UserError(explain(error)) from error
             sys.exit(1)

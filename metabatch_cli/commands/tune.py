@@ -153,7 +153,17 @@ def _conclude(study: Study, typed: list[str], reporter: Any) -> None:
     file = study.directory / "experiment" / "best.yaml"
     write_text(file, as_experiment(typed, best.params, study.metric.name, best.value))
     reporter.say(f"written: {file}")
-    reporter.say(f"  metabatch train --config-dir {study.directory} +experiment=best")
+    command = f"  metabatch train --config-dir {study.directory} +experiment=best"
+    reporter.say(" ".join([command, *_further_folders()]))
+
+
+def _further_folders() -> list[str]:
+    """What finds an experiment that was typed where it was: in a folder of the user's own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    sources = HydraConfig.get().runtime.config_sources
+    own = [source.path for source in sources if source.provider == "command-line"]
+    return [f"'hydra.searchpath=[{','.join(f'file://{path}' for path in own)}]'"] if own else []
 
 
 def _short(value: Any) -> str:

@@ -169,15 +169,40 @@ def build_learner(config: Config, spec: TaskSpec) -> Learner:
 
 def build_optimizer(config: Config, learner: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over the learner's parameters."""
-    return cast(
-        torch.optim.Optimizer,
-        build("optimizer", config.optimizer, params=list(learner.parameters())),
-    )
+    optimizer = build("optimizer", config.optimizer, params=list(learner.parameters()))
+    _check_step("optimizer", optimizer, "the loss of a step as a function")
+    return cast(torch.optim.Optimizer, optimizer)
 
 
 def build_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> Any:
     """The learning-rate schedule, None for a constant rate."""
-    return build("scheduler", config.scheduler, optimizer=optimizer) if config.scheduler else None
+    if not config.scheduler:
+        return None
+    scheduler = build("scheduler", config.scheduler, optimizer=optimizer)
+    _check_step("scheduler", scheduler, "a score at every step")
+    total = getattr(scheduler, "total_steps", None)
+    if isinstance(total, int) and total < config.trainer.max_steps:
+        raise ConfigError(
+            "scheduler.total_steps",
+            "the schedule is over before the training is",
+            value=total,
+            allowed=f"at least {config.trainer.max_steps}, such as ${{trainer.max_steps}}",
+        )
+    return scheduler
+
+
+def _check_step(key: str, part: Any, what: str) -> None:
+    """Refuse, before a training begins, what wants something for each of its steps."""
+    parameters = inspect.signature(part.step).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+    if wanted:
+        raise ConfigError(
+            f"{key}._target_",
+            f"its step() wants {', '.join(wanted)}: {what}, which no training here gives",
+            value=f"{type(part).__module__}.{type(part).__name__}",
+            allowed=f"classes whose step() wants nothing; `metabatch ls {key}` has some",
+        )
 
 
 def _refused(key: str, text: str, node: Mapping[str, Any]) -> UserError:

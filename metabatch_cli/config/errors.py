@@ -46,6 +46,16 @@ class ConfigError(UserError):
         super().__init__("\n".join(lines))
         self.key = key
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its words: what made them is no longer there."""
+        return _said, (type(self), str(self), vars(self))
+
+
+def _said(kind: type[ConfigError], message: str, state: dict[str, Any]) -> ConfigError:
+    error = kind.__new__(kind, message)
+    vars(error).update(state)
+    return error
+
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that looks most like `name`, if any looks like it at all."""

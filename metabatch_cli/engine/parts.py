@@ -83,7 +83,9 @@ class Parts:
             if trainer.compile:
                 self.say("compiling the step: a minute or two at first, seconds the next time")
                 began = time.monotonic()
-                self.compute_loss(tasks)
+                for each in (tasks, self.precision.prepare(self.loader.batch_at(1))):
+                    part = slice_tasks(each, 0, len(each.target_x) // trainer.accumulate)
+                    self.compute_loss(part).backward()  # its gradients are compiled, too
                 self.say(f"compiled in {time.monotonic() - began:.1f} s")
         if self.config.loader.workers == "auto":
             self.loader.choose_workers(**measure_step(self))

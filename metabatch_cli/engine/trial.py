@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metabatch_cli.batching.auto import measure
-from metabatch_cli.batching.ragged import PaddedTask
+from metabatch_cli.batching.ragged import PaddedTask, Tasks
 from metabatch_cli.batching.task import slice_tasks
 from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.engine import random_states
@@ -42,6 +42,7 @@ def try_out(parts: Parts) -> None:
         with random_states.preserved(), torch.no_grad(), parts.precision.autocast():
             loss = learner(tasks)
             scores = learner.score(tasks)
+            _check_numbers(learner, tasks, loss, scores)
         if isinstance(tasks, PaddedTask):
             try_padding(parts, learner, tasks, loss)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -58,6 +59,22 @@ def try_out(parts: Parts) -> None:
             allowed=scores,
             wrong_name=learner.metric.name,
         )
+
+
+def _check_numbers(
+    learner: Learner, tasks: Tasks, loss: object, scores: Mapping[str, object]
+) -> None:
+    """Raise TypeError unless the loss is one number, and each score one of each task."""
+    name, n_tasks = type(learner).__name__, len(tasks.target_x)
+    for what, found, shape in (
+        (f"{name}.forward", loss, []),
+        *((f"{name}.score, {metric!r}", values, [n_tasks]) for metric, values in scores.items()),
+    ):
+        is_so = isinstance(found, Tensor) and list(found.shape) == shape
+        if not is_so:
+            is_ = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found)
+            wanted = "of each task one number, [tasks]" if shape else "one number, []"
+            raise TypeError(f"{what} gives {is_}, and should give a tensor: {wanted}")
 
 
 def measure_step(parts: Parts) -> dict[str, float]:

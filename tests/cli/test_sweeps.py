@@ -85,6 +85,17 @@ def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
 
 
 @pytest.mark.slow
+def test_of_parallel_jobs_too_a_failing_one_leaves_the_others_alone(tmp_path):
+    words = [word for word in SWEEP if not word.startswith("trainer.threads")]
+    words += ["model.width=oops,8,0,16", "launcher=parallel", "launcher.jobs=2"]
+    done = metabatch(*words, cwd=tmp_path, code=1)
+    found = {
+        name.removeprefix("model.width="): r["status"] for name, r in results(tmp_path).items()
+    }
+    assert found == {"oops": "failed", "8": "completed", "0": "failed", "16": "completed"}
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import string
 
 import pytest
@@ -215,3 +216,9 @@ def test_composing_is_the_same_every_time_and_leaves_nothing_behind():
     with pytest.raises(UserError):
         compose(EXPERIMENT, "model=cnnp")
     assert GlobalHydra.instance().hydra is outer
+
+
+def test_an_error_arrives_in_another_process_as_it_was_sent():
+    sent = ConfigError("model.width", "is too small", value=0, allowed="at least 1")
+    received = pickle.loads(pickle.dumps(sent))
+    assert (type(received), str(received), received.key) == (ConfigError, str(sent), "model.width")

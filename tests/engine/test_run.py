@@ -17,6 +17,8 @@ from metabatch_cli.engine.load import load_run
 from metabatch_cli.engine.run import train
 from metabatch_cli.engine.run_directory import RunDirectory
 from metabatch_cli.learners.learner import Learner
+from metabatch_cli.learners.neural_process import NeuralProcess
+from tasksets.functions import Functions
 from tests.engine.examples import (
     HERE,
     Killed,
@@ -412,3 +414,67 @@ def test_several_test_sets_stand_in_the_result_under_their_names(tmp_path):
     assert set(done["digests"]) == {"test@noise=0", "test@noise=1"}
     quiet, loud = (done["metrics"][f"test/mse@{name}"]["mean"] for name in sets)
     assert loud > quiet + 0.5
+
+
+SCHEDULE = "torch.optim.lr_scheduler"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["scheduler=none", f"+scheduler={{_target_: {SCHEDULE}.ReduceLROnPlateau}}"],
+            r"scheduler\._target_=.*ReduceLROnPlateau: its step\(\) wants metrics",
+        ),
+        (
+            [
+                "scheduler=none",
+                f"+scheduler={{_target_: {SCHEDULE}.OneCycleLR, max_lr: 0.1, total_steps: 5}}",
+            ],
+            r"scheduler\.total_steps=5: the schedule is over before .*\n  allowed: at least 10",
+        ),
+        (
+            ["~optimizer", "+optimizer={_target_: torch.optim.LBFGS}"],
+            r"optimizer\._target_=.*LBFGS: its step\(\) wants closure",
+        ),
+    ],
+)
+def test_what_cannot_take_the_steps_of_a_training_is_refused_before_it(tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+class OddLoss(NeuralProcess):
+    def forward(self, tasks):
+        return super().forward(tasks).expand(2)
+
+
+class OddScore(NeuralProcess):
+    def score(self, tasks):
+        return {name: values.mean() for name, values in super().score(tasks).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("OddLoss", r"OddLoss\.forward gives a tensor \[2\], and should .*: one number"),
+        ("OddScore", r"OddScore\.score, 'log_likelihood' gives a tensor \[\], .*of each task one"),
+    ],
+)
+def test_losses_and_scores_of_another_shape_are_refused_by_name(tmp_path, name, said):
+    node = f"{{_target_: {__name__}.{name}}}"
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path / "run", "~learner", f"+learner={node}")
+
+
+class TooFew(Functions):
+    def __gettasks__(self, indices, *sizes, generator):
+        return super().__gettasks__(indices[:3], *sizes, generator=generator)
+
+
+def test_a_batch_of_too_few_tasks_is_refused(tmp_path):
+    config = settings().copy()
+    config.taskset["_target_"] = f"{__name__}.TooFew"
+    with pytest.raises(ValueError, match=r"TooFew\.__gettasks__ made 3 tasks of 4 indices"):
+        train(config, tmp_path / "run", reporter=Watcher())
