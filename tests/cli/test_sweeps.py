@@ -84,7 +84,6 @@ def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
     assert "sweep/taskset=sawtoth" in done.stdout
 
 
-@pytest.mark.slow
 def test_of_parallel_jobs_too_a_failing_one_leaves_the_others_alone(tmp_path):
     words = [word for word in SWEEP if not word.startswith("trainer.threads")]
     words += ["model.width=oops,8,0,16", "launcher=parallel", "launcher.jobs=2"]
@@ -96,6 +95,7 @@ def test_of_parallel_jobs_too_a_failing_one_leaves_the_others_alone(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
 )
