@@ -18,7 +18,7 @@ from metabatch_cli.learners.objectives import Judged, Objective
 from metabatch_cli.learners.units import Units
 from metabatch_cli.models.calibration import Calibration, calibration
 from metabatch_cli.models.masking import blank, mean_over_tasks, task_scores
-from metabatch_cli.models.predictive import Predictive, joint_log_prob, marginals
+from metabatch_cli.models.predictive import Predictive, joint_log_prob, marginals, of_targets
 
 JOINT = "log_likelihood@scoring=joint"
 
@@ -170,7 +170,7 @@ class NeuralProcess(Learner):
             "target_mask": target_mask,
             "samples": self.samples if self.training else self.eval_samples,
         }
-        return self.model(
+        prediction = self.model(
             blank(context_x, context_mask),
             blank(context_y, context_mask),
             blank(target_x, target_mask),
@@ -180,6 +180,7 @@ class NeuralProcess(Learner):
                 if value is not None and name in self._asked_for
             },
         )
+        return of_targets(prediction)
 
     def _judged(self, tasks: Tasks) -> Judged:
         """The points that the loss is about, in the network's units and without what is padding."""

@@ -330,6 +330,21 @@ def marginals(prediction: Distribution) -> Distribution:
     return prediction.marginals if isinstance(prediction, Predictive) else prediction
 
 
+def of_targets(prediction: object) -> Distribution:
+    """What a network gives as a distribution of targets: of single numbers, `[tasks, n_target,
+    dim_y]`, such as torch's `Normal(mean, std)`, those of a target are independent.
+
+    Raises:
+        TypeError: something else than a distribution.
+    """
+    if not isinstance(prediction, Distribution):
+        kind = type(prediction).__name__
+        raise TypeError(f"the network gives a {kind}, and should give a torch Distribution")
+    if len(prediction.batch_shape) == 3 and not prediction.event_shape:
+        return Independent(prediction, 1, validate_args=False)
+    return prediction
+
+
 def joint_log_prob(prediction: Distribution, y: Tensor, mask: Tensor | None = None) -> Tensor:
     """Log density of all real targets of each task together, `[tasks]`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -38,3 +39,28 @@ def test_mse_is_the_mean_square_over_targets_and_dimensions():
     torch.testing.assert_close(
         NeuralProcess(Flat()).score(tasks)["mse"], (tasks.target_y**2).mean(dim=(1, 2))
     )
+
+
+class Plain(nn.Module):
+    """As anybody would write it at first: a normal distribution of every number."""
+
+    def forward(self, context_x, context_y, target_x):
+        mean = context_y.mean(dim=1, keepdim=True).expand(-1, target_x.shape[1], -1)
+        return Normal(mean, torch.ones_like(mean))
+
+
+def test_a_distribution_of_numbers_is_one_of_targets():
+    tasks = regression(dim_y=2)
+    mean = tasks.context_y.mean(dim=1, keepdim=True).expand_as(tasks.target_y)
+    expected = Normal(mean, 1.0).log_prob(tasks.target_y).sum(dim=2).mean(dim=1)
+    torch.testing.assert_close(NeuralProcess(Plain()).score(tasks)["log_likelihood"], expected)
+
+
+def test_what_is_no_distribution_is_named():
+    with pytest.raises(TypeError, match=r"the network gives a Tensor.*torch Distribution"):
+        NeuralProcess(Tensorial())(regression())
+
+
+class Tensorial(Plain):
+    def forward(self, *points):
+        return super().forward(*points).mean
