@@ -39,10 +39,11 @@ def main(words: list[str]) -> None:
             print(HELP)
             return
         raise UserError("run=DIR is missing: which run shall be scored?\n" + HELP.splitlines()[2])
-    if replaced := next((word for word in rest if word.startswith("taskset=")), None):
+    groups = re.compile(r"\+?(taskset|evaluation|learner|model|loader)=(?!\{)")
+    if replaced := next((word for word in rest if groups.match(word)), None):
         raise UserError(
-            f"{replaced}: a run is scored on its own task set\n"
-            "  allowed: any key of it, such as taskset.max_ctx_pts=5"
+            f"{replaced}: a run is scored with its own task set, network and evaluation\n"
+            "  allowed: keys of them, such as taskset.max_ctx_pts=5 evaluation.tasks=1000"
         )
     directory = given[-1].partition("=")[2].strip("'\"")
     run = RunDirectory.existing(directory)

@@ -205,10 +205,22 @@ class Trainer:
         saved = self.run.last_checkpoint
         raise TrainingFailed(
             f"{what} not finite at step {step:,}\n"
-            f"  batch: {self.loader.plan.spec(0 if self.config.overfit else step - 1)}\n"
+            f"  batch: {self._batch_of(step)}\n"
             f"  last checkpoint: {saved if saved.exists() else 'none yet'}\n"
             "  often helps: a smaller optimizer.lr, trainer.clip_norm=1.0, trainer.precision=64"
         )
+
+    def _batch_of(self, step: int) -> str:
+        """What is known of the batch of a step, and of its own numbers that are not finite."""
+        number = 0 if self.config.overfit else step - 1
+        said = str(self.loader.plan.spec(number))
+        batch = self.loader.batch_at(number)
+        for name in ("context_x", "context_y", "target_x", "target_y"):
+            values = getattr(batch, name)
+            if values.is_floating_point() and not values.isfinite().all():
+                task = int((~values.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+                return f"{said}\n  {name} of its task {task} is not finite: the data is to blame"
+        return said
 
     def log_training(self) -> None:
         """Write a row of training metrics: means since the last row."""

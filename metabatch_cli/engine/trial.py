@@ -50,7 +50,7 @@ def try_out(parts: Parts) -> None:
         raise ConfigError(
             "learner",
             f"{type(learner).__name__} around {model} cannot learn from these tasks: "
-            f"{type(error).__name__}: {error}",
+            f"{type(error).__name__}: {error}\n  the tasks: {_shapes(tasks)}",
         ) from error
     if learner.metric.name not in scores:
         raise ConfigError(
@@ -59,6 +59,16 @@ def try_out(parts: Parts) -> None:
             allowed=scores,
             wrong_name=learner.metric.name,
         )
+
+
+def _shapes(tasks: Tasks) -> str:
+    fields = {
+        name: getattr(tasks, name) for name in ("context_x", "context_y", "target_x", "target_y")
+    }
+    return ", ".join(
+        f"{name} {str(field.dtype).removeprefix('torch.')} {list(field.shape)}"
+        for name, field in fields.items()
+    )
 
 
 def _check_numbers(

@@ -16,11 +16,14 @@ from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.engine.load import load_run
 from metabatch_cli.engine.parts import Parts
+from metabatch_cli.engine.run import train
 from metabatch_cli.engine.trainer import TrainingFailed
+from tasksets.functions import Functions
 from tests.engine import examples
 from tests.engine.examples import (
     HERE,
     Killed,
+    Watcher,
     assert_same_run,
     differences,
     kill_at,
@@ -29,6 +32,7 @@ from tests.engine.examples import (
     result,
     rows,
     run,
+    settings,
     settings_of,
     state,
 )
@@ -416,3 +420,19 @@ def test_what_cannot_be_balanced_is_said_under_the_loader(tmp_path):
 
 def test_the_examples_are_where_the_configurations_say():
     assert __name__.rpartition(".")[0] + ".examples" == HERE
+
+
+class Hole(Functions):
+    """A number is missing in the third task."""
+
+    def __gettasks__(self, *arguments, **more):
+        tasks = super().__gettasks__(*arguments, **more)
+        tasks.target_y[2, 0] = math.nan
+        return tasks
+
+
+def test_numbers_that_are_missing_in_the_data_are_found_there(tmp_path):
+    config = settings().copy()
+    config.taskset["_target_"] = f"{__name__}.Hole"
+    with pytest.raises(TrainingFailed, match=r"target_y of its task 2 is not finite: the data"):
+        train(config, tmp_path, reporter=Watcher())
