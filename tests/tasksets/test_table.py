@@ -16,6 +16,7 @@ from metabatch_cli.batching import PaddedTask, Task, TaskLoader, check_strictly,
 from metabatch_cli.config.build import build_taskset
 from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
+from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.engine.evaluator import evaluate
 from metabatch_cli.engine.parts import Parts, describe
@@ -25,7 +26,6 @@ from metabatch_cli.models.cnp import CNP
 from tasksets.images import DataError
 from tasksets.table import Table
 from tasksets.table_file import TableFile
-from tests.composed import composed
 
 SPLITS = ("train", "val", "test")
 SIZES = {"min_pts": 1, "max_ctx_pts": 6, "max_tgt_pts": 9}
@@ -265,7 +265,7 @@ def test_the_evaluation_scores_the_baselines_on_the_learners_tasks(file):
 
 def configured(name: str, data: Path, *overrides: str, split: str = "train") -> Table:
     parts = (f"taskset={name}", "model=cnp", "learner=neural_process", f"data_dir={data}")
-    return build_taskset(check(resolve(composed(*parts, *overrides))), split)
+    return build_taskset(check(resolve(compose(*parts, *overrides))), split)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +332,6 @@ def test_chicks_that_died_young_are_left_out(metabatch_data):
 def test_the_table_that_opens_a_training_says_what_was_left_out(metabatch_data):
     names = ("taskset=chickweight", "model=cnp", "learner=neural_process")
     given = (*names, f"data_dir={metabatch_data}", "taskset.min_pts=4", "loader.workers=0")
-    rows = dict(describe(Parts(check(resolve(composed(*given))))))
+    rows = dict(describe(Parts(check(resolve(compose(*given))))))
     left_out = r"34 tasks \(1 group of fewer than 5 rows left out\)"
     assert re.fullmatch(rf"Table of TableFile, {left_out}", rows["task set"])
