@@ -50,6 +50,9 @@ class Task(NamedTuple):
         return {}
 
 
+POINTS = Task._fields[:4]
+
+
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same tree of tuples, lists and mappings with `function` applied to every leaf."""
     if isinstance(tree, Mapping):

@@ -71,8 +71,12 @@ class Parts:
     def choose(self) -> None:
         """Measure what the configuration leaves to the machine, and decide it: see `chosen`."""
         trainer, chosen = self.config.trainer, self.chosen
-        tasks = self.precision.prepare(self.loader.batch_at(0))
-        tasks = slice_tasks(tasks, 0, len(tasks.target_x) // trainer.accumulate)
+
+        def part(step: int) -> Tasks:
+            tasks = self.precision.prepare(self.loader.batch_at(step))
+            return slice_tasks(tasks, 0, len(tasks.target_x) // trainer.accumulate)
+
+        tasks = part(0)
         with left_as_it_was(self.learner), self.precision.autocast():
             for key, value in self.learner.choose(tasks).items():
                 chosen[f"learner.{key}"] = value
@@ -83,9 +87,8 @@ class Parts:
             if trainer.compile:
                 self.say("compiling the step: a minute or two at first, seconds the next time")
                 began = time.monotonic()
-                for each in (tasks, self.precision.prepare(self.loader.batch_at(1))):
-                    part = slice_tasks(each, 0, len(each.target_x) // trainer.accumulate)
-                    self.compute_loss(part).backward()  # its gradients are compiled, too
+                for each in (tasks, part(1)):  # of another size, where sizes vary
+                    self.compute_loss(each).backward()  # gradients are compiled, too
                 self.say(f"compiled in {time.monotonic() - began:.1f} s")
         if self.config.loader.workers == "auto":
             self.loader.choose_workers(**measure_step(self))

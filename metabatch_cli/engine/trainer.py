@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.loader import StateMismatch, TaskLoader
 from metabatch_cli.batching.ragged import Tasks
-from metabatch_cli.batching.task import slice_tasks
+from metabatch_cli.batching.task import POINTS, slice_tasks
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.config.schema import TrainerConfig
 from metabatch_cli.engine import checkpoint, random_states
@@ -214,9 +214,9 @@ class Trainer:
         """What is known of the batch of a step, and of its own numbers that are not finite."""
         number = 0 if self.config.overfit else step - 1
         said = str(self.loader.plan.spec(number))
-        batch = self.loader.batch_at(number)
-        for name in ("context_x", "context_y", "target_x", "target_y"):
-            values = getattr(batch, name)
+        tasks = self.precision.prepare(self.loader.batch_at(number))
+        for name in POINTS:
+            values = getattr(tasks, name)
             if values.is_floating_point() and not values.isfinite().all():
                 task = int((~values.isfinite()).flatten(1).any(dim=1).nonzero()[0])
                 return f"{said}\n  {name} of its task {task} is not finite: the data is to blame"

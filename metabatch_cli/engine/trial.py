@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.auto import measure
 from metabatch_cli.batching.ragged import PaddedTask, Tasks
-from metabatch_cli.batching.task import slice_tasks
+from metabatch_cli.batching.task import POINTS, slice_tasks
 from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.engine import random_states
 from metabatch_cli.learners.learner import Learner
@@ -62,12 +62,11 @@ def try_out(parts: Parts) -> None:
 
 
 def _shapes(tasks: Tasks) -> str:
-    fields = {
-        name: getattr(tasks, name) for name in ("context_x", "context_y", "target_x", "target_y")
-    }
+    fields = {name: getattr(tasks, name) for name in POINTS}
     return ", ".join(
         f"{name} {str(field.dtype).removeprefix('torch.')} {list(field.shape)}"
         for name, field in fields.items()
+        if isinstance(field, Tensor)
     )
 
 
@@ -80,11 +79,11 @@ def _check_numbers(
         (f"{name}.forward", loss, []),
         *((f"{name}.score, {metric!r}", values, [n_tasks]) for metric, values in scores.items()),
     ):
-        is_so = isinstance(found, Tensor) and list(found.shape) == shape
-        if not is_so:
-            is_ = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found)
-            wanted = "of each task one number, [tasks]" if shape else "one number, []"
-            raise TypeError(f"{what} gives {is_}, and should give a tensor: {wanted}")
+        if isinstance(found, Tensor) and list(found.shape) == shape:
+            continue
+        kind = f"tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        wanted = "of each task one number, [tasks]" if shape else "one number, []"
+        raise TypeError(f"{what} gives a {kind}, and should give a tensor: {wanted}")
 
 
 def measure_step(parts: Parts) -> dict[str, float]:

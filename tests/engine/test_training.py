@@ -431,8 +431,14 @@ class Hole(Functions):
         return tasks
 
 
-def test_numbers_that_are_missing_in_the_data_are_found_there(tmp_path):
+class HoleInMappings(Hole):
+    def __gettasks__(self, *arguments, **more):
+        return super().__gettasks__(*arguments, **more)._asdict()
+
+
+@pytest.mark.parametrize("taskset", ["Hole", "HoleInMappings"])
+def test_numbers_that_are_missing_in_the_data_are_found_there(tmp_path, taskset):
     config = settings().copy()
-    config.taskset["_target_"] = f"{__name__}.Hole"
+    config.taskset["_target_"] = f"{__name__}.{taskset}"
     with pytest.raises(TrainingFailed, match=r"target_y of its task 2 is not finite: the data"):
         train(config, tmp_path, reporter=Watcher())
