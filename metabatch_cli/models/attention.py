@@ -50,21 +50,57 @@ def attend(
         return attended.unflatten(0, mask.shape[:2])
     if not key.shape[1]:
         return query.new_zeros(*value.shape[:-2], *query.shape[1:])
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, :]
-    seen = None if mask is None else mask.any(dim=-1, keepdim=True)
-    if mask is not None and seen is not None:
-        mask = mask.masked_fill(~seen, 1)[:, None]  # a row without any key has no softmax
-    few = 0 < query.shape[:2].numel() * heads * key.shape[1] <= IN_CACHE
-    if few and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        scale = 1 / math.sqrt(query.shape[2] // heads) if scale is None else scale
-        attended = _AttentionInCache.apply(query, key, value, heads, scale, mask)
+    seen = None
+    if mask is not None:
+        mask = mask[:, None, :] if mask.dim() == 2 else mask
+        seen = mask.any(dim=-1, keepdim=True)
+        mask = mask.masked_fill(~seen, 1)  # a row without any key has no softmax
+    if _in_cache(query, key, heads):
+        scale = _usual_scale(query, heads) if scale is None else scale
+        attended = _AttentionInCache.apply(heads, scale, mask, False, query, key, value)
     else:
+        mask = None if mask is None else mask[:, None]
         mask = mask.log() if are_counts(mask) else mask
-        of_heads = _by_head(query, heads), _by_head(key, heads), _by_head(value, heads)
-        attended = F.scaled_dot_product_attention(*of_heads, attn_mask=mask, scale=scale)
-        attended = _side_by_side(attended, value.shape)
+        q, k, v = (_by_head(part, heads)[0] for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        attended = _side_by_side(attended[None], value.shape)
     return attended if seen is None else attended.masked_fill(~seen, 0)
+
+
+def attend_to_each_other(
+    parts: Tensor, heads: int, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """What `attend` says of points that are queries, keys and values, added to their queries.
+
+    Args:
+        parts: queries, keys and values side by side, `[tasks, n, 3 · width]`.
+        heads, mask, scale: as of `attend`.
+
+    Returns:
+        `[tasks, n, width]`, by counts `[samples, tasks, n, width]`.
+    """
+    query, key, value = parts.chunk(3, dim=-1)
+    if _in_cache(query, key, heads) and _everybody_sees(mask):
+        scale = _usual_scale(query, heads) if scale is None else scale
+        mask = None if mask is None else mask[:, None, :]
+        return _AttentionInCache.apply(heads, scale, mask, True, parts)
+    return query + attend(query, key, value, heads, mask, scale)
+
+
+def _in_cache(query: Tensor, key: Tensor, heads: int) -> bool:
+    """Whether `_AttentionInCache` is the fastest: on a CPU, with few logits, not compiled."""
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return 0 < query.shape[:2].numel() * heads * key.shape[1] <= IN_CACHE
+
+
+def _everybody_sees(mask: Tensor | None) -> bool:
+    """Whether every task has a key, by a mask `[tasks, n_key]`; of counts, False."""
+    return mask is None or (mask.dim() == 2 and bool(mask.any(dim=1).all()))
+
+
+def _usual_scale(query: Tensor, heads: int) -> float:
+    return 1 / math.sqrt(query.shape[2] // heads)
 
 
 class _AttentionInCache(torch.autograd.Function):
@@ -82,18 +118,25 @@ class _AttentionInCache(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
         heads: int,
         scale: float,
         mask: Tensor | None,
+        onto_query: bool,
+        *parts: Tensor,
     ) -> Tensor:
-        ctx.shapes = [part.shape for part in (query, key, value)]
-        query, key, value = (_by_head(part, heads).flatten(0, 1) for part in (query, key, value))
-        weights = torch.bmm(key, query.mT).mul_(scale).exp_()
+        """Queries, keys and values as of `attend`, or one tensor with all three side by side.
+
+        Args:
+            mask: as of `attend`, with all its dimensions, or None.
+            onto_query: whether the queries are added to what comes.
+        """
+        of_heads = [_by_head(part, heads, 3 // len(parts)).flatten(1, 2) for part in parts]
+        query, key, value = (part for together in of_heads for part in together.unbind())
+        nothing = query.new_empty(())
+        weights = torch.baddbmm(nothing, key, query.mT, beta=0, alpha=scale).exp_()
         if mask is not None:
-            weights.unflatten(0, (-1, heads)).mul_(mask.mT.contiguous().to(weights.dtype))
+            mask = mask.mT.contiguous().unsqueeze(1)  # of keys and queries, as the weights
+            weights.unflatten(0, (-1, heads)).mul_(mask.to(weights.dtype))
         total = weights.sum(dim=1, keepdim=True)
         least, most = (bound.item() for bound in total.aminmax())
         if least > BOUND and most < 1 / BOUND:
@@ -101,50 +144,58 @@ class _AttentionInCache(torch.autograd.Function):
         else:  # or not a number
             logits = torch.bmm(key, query.mT).mul_(scale)
             if mask is not None:
-                of_heads = logits.unflatten(0, (-1, heads)).masked_fill_(mask.mT == 0, -math.inf)
+                of_tasks = logits.unflatten(0, (-1, heads)).masked_fill_(mask == 0, -math.inf)
                 if are_counts(mask):
-                    of_heads.add_(mask.mT.log().clamp(min=0))  # of those that are there
+                    of_tasks.add_(mask.log().clamp(min=0))  # of those that are there
             weights = logits.softmax(dim=1)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.heads, ctx.scale = heads, scale
-        attended = torch.bmm(weights.mT, value).unflatten(0, (-1, heads))
-        return _side_by_side(attended, ctx.shapes[2])
+        ctx.save_for_backward(weights, *of_heads)
+        ctx.heads, ctx.scale, ctx.onto_query = heads, scale, onto_query
+        ctx.shapes = [part.shape for part in parts]
+        if onto_query:
+            attended = torch.baddbmm(query, weights.mT, value)
+        else:
+            attended = torch.bmm(weights.mT, value)
+        shape = *ctx.shapes[-1][:-1], ctx.shapes[-1][-1] * len(parts) // 3
+        return _side_by_side(attended.unflatten(0, (1, -1, heads)), torch.Size(shape))
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, weights = ctx.saved_tensors
-        gradient = _by_head(gradient, ctx.heads).flatten(0, 1)
+        weights, *of_heads = ctx.saved_tensors
+        query, key, value = (part for together in of_heads for part in together.unbind())
+        gradient = _by_head(gradient, ctx.heads).flatten(0, 2)
         of_weights = torch.bmm(value, gradient.mT)
         of_logits = torch._softmax_backward_data(of_weights, weights, 1, weights.dtype)
-        of_logits.mul_(ctx.scale)
-        of_parts = (
-            torch.bmm(of_logits.mT, key),
-            torch.bmm(of_logits, query),
-            torch.bmm(weights, gradient),
-        )
-        of_heads = (part.unflatten(0, (-1, ctx.heads)) for part in of_parts)
-        gradients = map(_side_by_side, of_heads, ctx.shapes)
-        return *gradients, None, None, None
+        gradients = [torch.empty_like(together) for together in of_heads]
+        of_query, of_key, of_value = (part for together in gradients for part in together.unbind())
+        onto = gradient if ctx.onto_query else of_query
+        beta = int(ctx.onto_query)
+        torch.baddbmm(onto, of_logits.mT, key, beta=beta, alpha=ctx.scale, out=of_query)
+        torch.baddbmm(of_key, of_logits, query, beta=0, alpha=ctx.scale, out=of_key)
+        torch.bmm(weights, gradient, out=of_value)
+        apart = (together.unflatten(1, (-1, ctx.heads)) for together in gradients)
+        return None, None, None, None, *map(_side_by_side, apart, ctx.shapes)
 
 
-def _by_head(part: Tensor, heads: int) -> Tensor:
-    """`[tasks, n, width]` → `[tasks, heads, n, width / heads]`.
+def _by_head(part: Tensor, heads: int, number: int = 1) -> Tensor:
+    """`number` parts side by side, `[tasks, n, number · width]` → `[number, tasks, heads, n,
+    width / heads]`.
 
-    Samples `[samples, tasks, n, width]` side by side, `[tasks, heads, n, samples · width / heads]`.
+    Samples `[samples, tasks, n, width]` side by side, `[1, tasks, heads, n, samples · width /
+    heads]`.
     """
-    part = part.unflatten(-1, (heads, -1))
     if part.dim() == 4:
-        return part.transpose(1, 2)
-    return part.permute(1, 3, 2, 0, 4).flatten(3)
+        of_samples = part.unflatten(-1, (heads, -1)).permute(1, 3, 2, 0, 4)
+        return of_samples.flatten(3)[None]
+    return part.unflatten(-1, (number, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def _side_by_side(part: Tensor, shape: torch.Size) -> Tensor:
+def _side_by_side(parts: Tensor, shape: torch.Size) -> Tensor:
     """What `_by_head` made of a tensor of a shape, put together again; n may be another one."""
-    if len(shape) == 3:
-        return part.transpose(1, 2).flatten(2)
-    return part.unflatten(3, (shape[0], -1)).permute(3, 0, 2, 1, 4).flatten(3)
+    if len(shape) == 4:
+        return parts[0].unflatten(3, (shape[0], -1)).permute(3, 0, 2, 1, 4).flatten(3)
+    return parts.permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def begin_as_torchs(of_query: nn.Linear, of_seen: nn.Linear, out: nn.Linear) -> None:
@@ -179,9 +230,7 @@ class AttentionBlock(nn.Module):
         check_heads(width, heads)
         self.heads = heads
         self.scale = 1 / math.sqrt(width)
-        self.of_query = nn.Linear(width, width, bias=False)
-        self.of_key = nn.Linear(width, width, bias=False)
-        self.of_value = nn.Linear(width, width, bias=False)
+        self.of_points = nn.Linear(width, 3 * width, bias=False)  # queries, keys and values
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
@@ -198,17 +247,13 @@ class AttentionBlock(nn.Module):
         if points.dim() == 4:
             mask = None if mask is None else mask.repeat(len(points), 1)
             return self.between(points.flatten(0, 1), mask).unflatten(0, points.shape[:2])
-        # one product for all three is faster than three
-        weights = [part.weight for part in (self.of_query, self.of_key, self.of_value)]
-        query, key, value = F.linear(points, torch.cat(weights)).chunk(3, dim=-1)
-        attended = attend(query, key, value, self.heads, mask, self.scale)
+        parts = self.of_points(points)
+        seen = attend_to_each_other(parts, self.heads, mask, self.scale)
         if first:
-            asked, of_key, of_value = (part[:, :first] for part in (query, key, value))
             known = None if mask is None else mask[:, :first]
-            alone = attend(asked, of_key, of_value, self.heads, known, self.scale)
-            query = torch.cat([asked, query], dim=1)
-            attended = torch.cat([alone, attended], dim=1)
-        return self._finished(query, attended)
+            alone = attend_to_each_other(parts[:, :first], self.heads, known, self.scale)
+            seen = torch.cat([alone, seen], dim=1)
+        return self._finished(seen)
 
     def forward(
         self,
@@ -225,16 +270,17 @@ class AttentionBlock(nn.Module):
             before: a linear layer that queries and keys have still to go through; it is merged
                 into the block's own, as two products of weights are cheaper than two of points.
         """
+        of_query, of_key, of_value = self.of_points.weight.chunk(3)
         if before is None:
-            query, key = self.of_query(query), self.of_key(key)
+            query, key = F.linear(query, of_query), F.linear(key, of_key)
         else:
             query, key = (
-                F.linear(part, own.weight @ before.weight, own.weight @ before.bias)
-                for part, own in ((query, self.of_query), (key, self.of_key))
+                F.linear(part, own @ before.weight, own @ before.bias)
+                for part, own in ((query, of_query), (key, of_key))
             )
-        value = self.of_value(value)
-        return self._finished(query, attend(query, key, value, self.heads, mask, self.scale))
+        value = F.linear(value, of_value)
+        return self._finished(query + attend(query, key, value, self.heads, mask, self.scale))
 
-    def _finished(self, query: Tensor, attended: Tensor) -> Tensor:
-        hidden = self.norm1((query + attended).flatten(0, -2))  # all points as rows of one matrix
-        return self.norm2(hidden + self.out(hidden).relu_()).unflatten(0, attended.shape[:-1])
+    def _finished(self, seen: Tensor) -> Tensor:
+        hidden = self.norm1(seen.flatten(0, -2))  # all points as rows of one matrix
+        return self.norm2(hidden + self.out(hidden).relu_()).unflatten(0, seen.shape[:-1])

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from metabatch_cli.models import attention
-from metabatch_cli.models.attention import attend
+from metabatch_cli.models.attention import attend, attend_to_each_other
 
 TASKS, QUERIES, KEYS, WIDTH, HEADS = 3, 7, 5, 16, 4
 SHAPES = {"keys": (TASKS, KEYS), "pairs": (TASKS, QUERIES, KEYS), "all tasks": (1, QUERIES, KEYS)}
@@ -40,6 +40,32 @@ def test_attention_is_torchs(size, masked):
     direction = torch.randn_like(ours)
     ours, theirs = (torch.autograd.grad(seen, parts, direction) for seen in (ours, theirs))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("in_cache", [1 << 20, 0])
+@pytest.mark.parametrize("masked", [None, "some", "a task without any", "counts"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_points_that_attend_to_each_other_add_it_to_their_queries(
+    monkeypatch, size, masked, in_cache
+):
+    monkeypatch.setattr(attention, "IN_CACHE", in_cache)
+    torch.manual_seed(0)
+    shape = TASKS, KEYS, 3 * WIDTH
+    parts = (torch.randn(shape, dtype=torch.float64) * size**0.5).requires_grad_()
+    mask = None
+    if masked == "counts":
+        mask = torch.randint(3, (2, TASKS, KEYS)).to(parts.dtype)
+    elif masked is not None:
+        mask = torch.rand(TASKS, KEYS) > 0.5
+        mask[:, 0] = True
+        mask[0] &= masked == "some"
+    query, key, value = parts.chunk(3, dim=-1)
+    expected = query + attend(query, key, value, HEADS, mask)
+    seen = attend_to_each_other(parts, HEADS, mask)
+    torch.testing.assert_close(seen, expected)
+    direction = torch.randn_like(seen)
+    seen, expected = (torch.autograd.grad(of, parts, direction) for of in (seen, expected))
+    torch.testing.assert_close(seen, expected)
 
 
 @pytest.mark.parametrize("hidden", [1e6, float("inf"), float("nan")])
