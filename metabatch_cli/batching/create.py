@@ -1,4 +1,4 @@
-"""Creation: from a BatchSpec to a batch, under its own random streams and on one thread."""
+"""Creation: from a BatchSpec to a batch, under its own random streams, by the same arithmetic."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metabatch_cli.batching import denormals
 from metabatch_cli.batching.collate import padded, stacked
 from metabatch_cli.batching.plan import BatchSpec
 from metabatch_cli.batching.streams import (
@@ -66,7 +67,7 @@ class BatchMaker:
         Raises:
             Exception: what the task set raises, with a note that names the spec.
         """
-        with one_at_a_time:
+        with one_at_a_time, denormals.kept():
             threads = torch.get_num_threads()
             if threads > 1:  # sums and factorisations have other bits on two (a worker has one)
                 torch.set_num_threads(1)

@@ -83,6 +83,7 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `calibration`,
         `digests`.
     """
+    from metabatch_cli.batching import denormals
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
     from metabatch_cli.config.errors import ConfigError
@@ -102,7 +103,8 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         kept = plain["evaluation"]["test"] or {}
         kept = {} if is_several(kept, plain["taskset"]) else kept
         plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
-    keep_freed_memory()  # as a training does: every batch asks for the same again
+    denormals.flush()  # this and the next as a training does
+    keep_freed_memory()
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
     for name, instead in run.learner.when_tested.items():
         if f"learner.{name}" in typed and plain["learner"].get(instead) is not None:

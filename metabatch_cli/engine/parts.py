@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metabatch_cli.batching import denormals
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.batching.task import slice_tasks
@@ -48,6 +49,7 @@ class Parts:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         for name, node in self.config.logger.items() if self.ranks.leads else ():
             build.refuse_missing(f"logger.{name}", node)
+        denormals.flush()
         torch.set_num_threads(int(self.config.trainer.threads))
         keep_freed_memory()
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metabatch_cli.batching import BatchSpec, Plan, digest, slice_tasks
+from metabatch_cli.batching import BatchSpec, Plan, denormals, digest, slice_tasks
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.task import concatenate
 from tests.batching.examples import (
@@ -242,6 +242,25 @@ def test_tasks_are_made_on_one_thread_and_the_others_come_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+class Tiny(Example):
+    def __gettask__(self, index, n_context, n_target):
+        return torch.tensor([2.0]).pow(-140 - index)  # float32 has 24 digits less of them
+
+
+def test_tasks_of_denormal_numbers_are_what_they_are_where_these_are_flushed():
+    taskset = Tiny()
+    torch.set_flush_denormal(False)
+    expected = maker(taskset)(specs(taskset, 1)[0])
+    assert expected.ne(0).all()
+    denormals.flush()
+    try:
+        made = maker(taskset)(specs(taskset, 1)[0])
+        assert denormals.are_flushed()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(made, expected)
 
 
 # --- errors ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metabatch_cli.engine import adam
+from tests.engine.examples import parts
 
 PAIRS = [(adam.Adam, torch.optim.Adam), (adam.AdamW, torch.optim.AdamW)]
 SETTINGS = {"lr": 0.1, "weight_decay": 0.01, "fused": True}
@@ -92,3 +93,19 @@ def test_each_goes_on_from_what_the_other_saved(our_class, their_class):
         optimizer.load_state_dict(state)
         take_steps(weights, optimizer, range(4, 8))
     assert_the_same(optimizers, both)
+
+
+def test_of_a_weight_without_gradient_a_training_remembers_nothing_in_the_end():
+    declared = parts("trainer.max_steps=1000")
+    declared.build()
+    try:
+        (weight,) = weights = [nn.Parameter(torch.ones(64))]
+        optimizer = adam.Adam(weights, lr=1e-3, fused=True)
+        weight.grad = torch.full_like(weight, 1e-3)
+        optimizer.step()
+        weight.grad = torch.zeros_like(weight)
+        for _ in range(900):  # 0.9⁹⁰⁰ is 7e-42
+            optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert not optimizer.state[weight]["exp_avg"].any()

@@ -1,0 +1,41 @@
+"""Denormal numbers, too small for a float's full precision: taken for 0, or computed with exactly.
+
+A processor takes a hundred times as long over them (float32: below 1.2e-38), and a long training
+fills Adam's memory with them. Of a unit that is dead for good all gradients are 0, their running
+means shrink by a tenth in every step, and never get to 0: nine tenths of the least of all floats
+are rounded to itself. What `torch.set_flush_denormal` says holds for one thread and those that it
+starts later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_LEAST = 5e-324
+"""The least of all doubles."""
+
+
+def are_flushed() -> bool:
+    """Whether this thread takes denormal numbers for 0."""
+    return _LEAST == 0  # by an instruction of the processor that then takes it for 0, too
+
+
+def flush() -> None:
+    """Take denormal numbers for 0, from now on; before the first operation that has threads."""
+    torch.set_flush_denormal(True)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Compute with them exactly in this thread, whatever is set: as a process of its own would."""
+    if not are_flushed():
+        yield
+        return
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(True)
