@@ -67,23 +67,21 @@ def attend(
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
-def attend_to_each_other(
-    parts: Tensor, heads: int, mask: Tensor | None = None, scale: float | None = None
+def attend_onto(
+    *parts: Tensor, heads: int, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """What `attend` says of points that are queries, keys and values, added to their queries.
+    """What `attend` says, added to the queries.
 
     Args:
-        parts: queries, keys and values side by side, `[tasks, n, 3 · width]`.
+        parts: queries, keys and values as of `attend`; or, of points that attend to each other,
+            all three side by side in one tensor `[tasks, n, 3 · width]`.
         heads, mask, scale: as of `attend`.
-
-    Returns:
-        `[tasks, n, width]`, by counts `[samples, tasks, n, width]`.
     """
-    query, key, value = parts.chunk(3, dim=-1)
-    if _in_cache(query, key, heads) and _everybody_sees(mask):
+    query, key, value = parts[0].chunk(3, dim=-1) if len(parts) == 1 else parts
+    if _in_cache(query, key, heads) and value.dim() == 3 and _everybody_sees(mask):
         scale = _usual_scale(query, heads) if scale is None else scale
         mask = None if mask is None else mask[:, None, :]
-        return _AttentionInCache.apply(heads, scale, mask, True, parts)
+        return _AttentionInCache.apply(heads, scale, mask, True, *parts)
     return query + attend(query, key, value, heads, mask, scale)
 
 
@@ -248,10 +246,9 @@ class AttentionBlock(nn.Module):
             mask = None if mask is None else mask.repeat(len(points), 1)
             return self.between(points.flatten(0, 1), mask).unflatten(0, points.shape[:2])
         parts = self.of_points(points)
-        seen = attend_to_each_other(parts, self.heads, mask, self.scale)
+        seen = self._attend(parts, mask=mask)
         if first:
-            known = None if mask is None else mask[:, :first]
-            alone = attend_to_each_other(parts[:, :first], self.heads, known, self.scale)
+            alone = self._attend(parts[:, :first], mask=None if mask is None else mask[:, :first])
             seen = torch.cat([alone, seen], dim=1)
         return self._finished(seen)
 
@@ -279,7 +276,10 @@ class AttentionBlock(nn.Module):
                 for part, own in ((query, of_query), (key, of_key))
             )
         value = F.linear(value, of_value)
-        return self._finished(query + attend(query, key, value, self.heads, mask, self.scale))
+        return self._finished(self._attend(query, key, value, mask=mask))
+
+    def _attend(self, *parts: Tensor, mask: Tensor | None) -> Tensor:
+        return attend_onto(*parts, heads=self.heads, mask=mask, scale=self.scale)
 
     def _finished(self, seen: Tensor) -> Tensor:
         hidden = self.norm1(seen.flatten(0, -2))  # all points as rows of one matrix

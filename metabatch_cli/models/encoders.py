@@ -43,8 +43,10 @@ class PoolingEncoder(nn.Module):
             raise ValueError(f"encoder_depth={depth}: self-attention takes the place of two layers")
         own = depth if heads is None else depth - 2
         self.points = layers([dim_in, *[width] * own], activation)
-        self.attention = None if heads is None else AttentionBlock(width, heads)
-        self.activation = ACTIVATIONS[activation]()
+        self.attention = None
+        if heads is not None:
+            self.points.append(ACTIVATIONS[activation]())
+            self.attention = AttentionBlock(width, heads)
         if not post_depth and dim_out not in (None, width):
             raise ValueError("post_depth=0: a code of another size needs a layer after the mean")
         self.post = layers([width] * post_depth + [dim_out or width], activation)
@@ -72,7 +74,7 @@ class PoolingEncoder(nn.Module):
         points = _pairs(x, y)
         if self.attention is None:
             return self.points(points, stop=-1)
-        return self.attention.between(self.activation(self.points(points)), mask, first)
+        return self.attention.between(self.points(points), mask, first)
 
     def _code(self, mean: Tensor) -> Tensor:
         # the mean of a linear map is the map of the mean, once instead of for every point

@@ -65,9 +65,12 @@ class Layers(nn.Sequential):
     """
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """`x [..., inputs]` → `[..., outputs]`, through the layers from `start` to `stop`."""
+        """`x [..., inputs]` → `[..., outputs]`, through the layers from `start` to `stop`.
+
+        What comes of the layers before `start` may be overwritten.
+        """
         rows = x.flatten(0, -2) if x.dim() > 2 else x
-        before = None
+        before = self[start - 1] if start else None
         for layer in list(self)[start:stop]:
             alone = isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear)
             rows = rows.relu_() if alone else layer(rows)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from metabatch_cli.models import attention
-from metabatch_cli.models.attention import attend, attend_to_each_other
+from metabatch_cli.models.attention import attend, attend_onto
 
 TASKS, QUERIES, KEYS, WIDTH, HEADS = 3, 7, 5, 16, 4
 SHAPES = {"keys": (TASKS, KEYS), "pairs": (TASKS, QUERIES, KEYS), "all tasks": (1, QUERIES, KEYS)}
@@ -43,25 +43,29 @@ def test_attention_is_torchs(size, masked):
 
 
 @pytest.mark.parametrize("in_cache", [1 << 20, 0])
-@pytest.mark.parametrize("masked", [None, "some", "a task without any", "counts"])
+@pytest.mark.parametrize("masked", [None, "some", "a task without any", "pairs", "counts"])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_points_that_attend_to_each_other_add_it_to_their_queries(
-    monkeypatch, size, masked, in_cache
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_attended_to_can_be_added_to_the_queries(
+    monkeypatch, together, size, masked, in_cache
 ):
     monkeypatch.setattr(attention, "IN_CACHE", in_cache)
-    torch.manual_seed(0)
-    shape = TASKS, KEYS, 3 * WIDTH
-    parts = (torch.randn(shape, dtype=torch.float64) * size**0.5).requires_grad_()
+    parts = inputs(size)
+    if together:
+        torch.manual_seed(0)
+        side_by_side = torch.randn(TASKS, KEYS, 3 * WIDTH, dtype=torch.float64) * size**0.5
+        parts = [side_by_side.requires_grad_()]
+    query, key, value = parts if len(parts) == 3 else parts[0].chunk(3, dim=-1)
     mask = None
     if masked == "counts":
-        mask = torch.randint(3, (2, TASKS, KEYS)).to(parts.dtype)
+        mask = torch.randint(3, (2, TASKS, KEYS)).to(query.dtype)
     elif masked is not None:
-        mask = torch.rand(TASKS, KEYS) > 0.5
-        mask[:, 0] = True
-        mask[0] &= masked == "some"
-    query, key, value = parts.chunk(3, dim=-1)
+        shape = (TASKS, query.shape[1], KEYS) if masked == "pairs" else (TASKS, KEYS)
+        mask = torch.rand(shape) > 0.5
+        mask[..., 0] = True
+        mask[0] &= masked != "a task without any"
     expected = query + attend(query, key, value, HEADS, mask)
-    seen = attend_to_each_other(parts, HEADS, mask)
+    seen = attend_onto(*parts, heads=HEADS, mask=mask)
     torch.testing.assert_close(seen, expected)
     direction = torch.randn_like(seen)
     seen, expected = (torch.autograd.grad(of, parts, direction) for of in (seen, expected))
