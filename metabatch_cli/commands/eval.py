@@ -57,6 +57,7 @@ def main(words: list[str]) -> None:
         "hydra.output_subdir=null",
         "hydra.job.name=metabatch",
         "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
         f"+run={_quoted(run.path)}",
     ]
     rest = [_added_where_new(word, run.read_config()) for word in rest]
@@ -83,12 +84,11 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `calibration`,
         `digests`.
     """
-    from metabatch_cli.batching import denormals
     from metabatch_cli.config import choices
     from metabatch_cli.config.check import is_several
     from metabatch_cli.config.errors import ConfigError
     from metabatch_cli.engine.load import load_run
-    from metabatch_cli.engine.memory import keep_freed_memory
+    from metabatch_cli.engine.processor import settle
     from metabatch_cli.report.console import Reporter
     from metabatch_cli.report.files import write_json
 
@@ -103,8 +103,7 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         kept = plain["evaluation"]["test"] or {}
         kept = {} if is_several(kept, plain["taskset"]) else kept
         plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
-    denormals.flush()  # this and the next as a training does
-    keep_freed_memory()
+    settle(int(plain["trainer"]["threads"]))  # as a training does: scores are the same to the bit
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
     for name, instead in run.learner.when_tested.items():
         if f"learner.{name}" in typed and plain["learner"].get(instead) is not None:

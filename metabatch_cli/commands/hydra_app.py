@@ -21,6 +21,9 @@ _WITH_VALUE = {
 }
 
 
+_failed = False
+"""Whether a job of several failed that this process ran itself."""
+
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -55,6 +58,8 @@ def launch(
         sys.argv = [program, *options, *debug_last(overrides)]
     path = str(config_path or config_dir())
     hydra.main(version_base="1.3", config_path=path, config_name=config_name)(_Job(module))()
+    if _failed:
+        sys.exit(1)
 
 
 def nowhere() -> list[str]:
@@ -115,12 +120,19 @@ class _Job:
             from metabatch_cli.config.errors import UserError, explain
 
             hydra = HydraConfig.get()
-            name = ""
-            if hydra.mode == RunMode.MULTIRUN:
-                if not hydra.sweeper["_target_"].endswith(".ResumableSweeper"):
-                    raise  # told of when all are done
+            name, several = "", hydra.mode == RunMode.MULTIRUN
+            resumable = several and hydra.sweeper["_target_"].endswith(".ResumableSweeper")
+            if resumable:
                 name = f"{Path(hydra.runtime.output_dir).name}: "
+            elif several:
+                words = (word for word in hydra.overrides.task if not word.startswith("+run="))
+                name = f"{' '.join(words)}: "
             print(f"metabatch: {name}{explain(error)}", file=sys.stderr, flush=True)
-            if name:  # the sweeper goes on, and knows; not every exception can be sent to it
-                raise UserError(explain(error)) from error
-            sys.exit(1)
+            if not several:
+                sys.exit(1)
+            if not resumable and hydra.launcher["_target_"].endswith(".BasicLauncher"):
+                global _failed
+                _failed = True  # Hydra's own sweeper would end by the first failure, and tell again
+                return None
+            # the sweeper goes on, and knows; not every exception can be sent to it
+            raise UserError(explain(error)) from error

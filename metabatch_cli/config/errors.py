@@ -109,7 +109,7 @@ def _hydra_message(error: BaseException) -> UserError:
 
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(error.override, "is no override: key=value, +key=value or ~key")
+        return _override_message(error.override)
     if isinstance(error, MissingConfigException):
         found = re.search(r"Could not find '([^']+)'", text)
         if found and error.options:
@@ -130,6 +130,21 @@ def _hydra_message(error: BaseException) -> UserError:
     if isinstance(cause, Exception) and (known := readable(cause)) and "override" not in text:
         return known
     return UserError("\n".join(line for line in text.splitlines()[:4] if line.strip()))
+
+
+def _override_message(override: str) -> ConfigError:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return ConfigError(override, "is no override: key=value, +key=value or ~key")
+    special = f"special characters in quotes, '{key}=\"…\"'"
+    if value.startswith(("{", "[")):
+        special = "in a name =,:{}[]() behind a backslash, {a\\=1: …}"
+    return ConfigError(
+        key,
+        "the value cannot be read",
+        value=value,
+        allowed=f"every bracket and quote ends; {special}",
+    )
 
 
 def _yaml_message(error: Exception) -> str:

@@ -29,8 +29,10 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{file}: is no checkpoint, or a damaged one: {error}") from error
+    except IsADirectoryError:
+        raise UserError(f"{file}: is a folder, not a checkpoint") from None
+    except Exception as error:  # of an unpickler, which speaks of its own workings
+        raise UserError(f"{file}: is no checkpoint, or a damaged one") from error
     if not isinstance(state, dict) or "learner" not in state:
         raise UserError(f"{file}: is no checkpoint of metabatch: it has no entry 'learner'")
     if state.get("format", FORMAT) != FORMAT:

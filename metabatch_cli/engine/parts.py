@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabatch_cli.batching import denormals
 from metabatch_cli.batching.loader import TaskLoader
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.batching.task import slice_tasks
@@ -21,8 +20,8 @@ from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.config.schema import Config
 from metabatch_cli.engine import checkpoint, random_states
 from metabatch_cli.engine.evaluator import Evaluation, evaluate, monitored
-from metabatch_cli.engine.memory import keep_freed_memory
 from metabatch_cli.engine.precision import Precision
+from metabatch_cli.engine.processor import settle
 from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.engine.trial import left_as_it_was, measure_step, try_out
 from metabatch_cli.learners.autoregressive import AutoregressiveDeployment
@@ -49,9 +48,7 @@ class Parts:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         for name, node in self.config.logger.items() if self.ranks.leads else ():
             build.refuse_missing(f"logger.{name}", node)
-        denormals.flush()
-        torch.set_num_threads(int(self.config.trainer.threads))
-        keep_freed_memory()
+        settle(int(self.config.trainer.threads))
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
         self.evaluation_loaders("val")
         self.evaluation_loaders("test")

@@ -148,8 +148,10 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_scoring_a_value_after_the_other_writes_a_file_for_each(trained):
-    metabatch("eval", "-m", "run=run", "taskset.max_ctx_pts=2,3", cwd=trained)
+def test_scoring_a_value_after_the_other_writes_a_file_for_each_that_can_be(trained):
+    done = metabatch("eval", "-m", "run=run", "taskset.max_ctx_pts=2,0,3", cwd=trained, code=1)
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("metabatch: taskset.max_ctx_pts=0: taskset.max_ctx_pts=0 is smaller")
     names = {file.name for file in (trained / "run" / "evaluations").glob("*.json")}
     assert names == {"taskset.max_ctx_pts=2.json", "taskset.max_ctx_pts=3.json"}
     assert {path.name for path in trained.iterdir()} == {"run"}

@@ -114,11 +114,23 @@ def test_an_experiment_without_its_plus_is_helped():
     assert "did you mean '+experiment=cnp_sine'?" in said("experiment=cnp_sine")
 
 
-@pytest.mark.parametrize("word", ["a b", "model.width=[1", "model.width={"])
-def test_what_is_no_override_is_said_to_be_none(word):
+def test_what_is_no_override_is_said_to_be_none():
+    assert said(EXPERIMENT, "a b").startswith("a b: is no override: key=value")
+
+
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("model.width=[1", "every bracket and quote ends"),
+        ("model.width={", "every bracket and quote ends"),
+        ("model.width=a=b", "in quotes, 'model.width="),
+        ('evaluation.test={"noise=1": {noise: 1}}', r"behind a backslash, {a\=1: …}"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_shown_with_the_way_out(word, way_out):
     text = said(EXPERIMENT, word)
-    assert text.startswith(word)
-    assert "key=value" in text
+    assert text.startswith(f"{word}: the value cannot be read")
+    assert way_out in text
 
 
 @pytest.mark.parametrize("word", ["loader=3", "trainer=null", "=3"])
