@@ -163,15 +163,21 @@ def _refuse_what_is_of_training(key: str, value: str) -> None:
     from metabatch_cli.config.errors import ConfigError
 
     section, _, name = key.partition(".")
-    scores = section == "trainer" and name in ("test_on", "precision", "threads")
-    if section in ("optimizer", "scheduler", "trainer", "logger", "seed", "fresh") and not scores:
+    kept = {
+        "loader": ("device",),
+        "trainer": ("test_on", "precision", "threads"),
+    }
+    of_training = section in ("optimizer", "scheduler", "logger", "seed", "fresh")
+    if of_training or (section in kept and name and name not in kept[section]):
         raise ConfigError(
             key,
             "is about training; a run is scored as it was trained",
             value=value,
-            allowed="keys of taskset, evaluation, learner, loader, and trainer.test_on, "
-            "trainer.precision, trainer.threads",
+            allowed="keys of taskset, evaluation, learner, and "
+            + ", ".join(f"{section}.{name}" for section in kept for name in kept[section]),
         )
+    if key == "evaluation.figures" or key.split(".")[:2] == ["evaluation", "val"]:
+        raise ConfigError(key, "has no part in a score on held-out tasks", value=value)
 
 
 def _below(taskset: dict[str, Any], keys: list[str]) -> dict[str, Any]:

@@ -188,6 +188,8 @@ def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
         ("optimizer.lr=0.1", "a run is scored as it was trained"),
         ("evaluation=ranges", "a run is scored with its own task set, network and evaluation"),
         ("trainer.max_steps=5", "a run is scored as it was trained"),
+        ("loader.batch_size=4", "a run is scored as it was trained"),
+        ("evaluation.figures=false", "has no part in a score"),
         ("learner.samples=5", "a test goes by learner.eval_samples"),
     ],
 )
