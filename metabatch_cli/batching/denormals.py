@@ -29,13 +29,18 @@ def flush() -> None:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Compute with them exactly in this thread, whatever is set: as a process of its own would."""
-    if not are_flushed():
-        yield
-        return
-    torch.set_flush_denormal(False)
+def as_before() -> Iterator[None]:
+    """What is done within about them is undone at the end, in this thread."""
+    before = are_flushed()
     try:
         yield
     finally:
-        torch.set_flush_denormal(True)
+        torch.set_flush_denormal(before)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Compute with them exactly in this thread, whatever is set: as a process of its own would."""
+    with as_before():
+        torch.set_flush_denormal(False)
+        yield

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from metabatch_cli.batching import denormals
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
 from metabatch_cli.config.errors import UserError
@@ -63,7 +64,8 @@ def train(
     """
     composed = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     timeout = OmegaConf.select(composed, "trainer.timeout")
-    with joined(timeout if isinstance(timeout, int | float) else TrainerConfig().timeout) as ranks:
+    patience = timeout if isinstance(timeout, int | float) else TrainerConfig().timeout
+    with denormals.as_before(), joined(patience) as ranks:
         if not ranks.leads:
             return follow(ranks, composed)
         return _lead(composed, directory, overrides, reporter or Reporter(), loggers, ranks)

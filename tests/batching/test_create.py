@@ -251,15 +251,12 @@ class Tiny(Example):
 
 def test_tasks_of_denormal_numbers_are_what_they_are_where_these_are_flushed():
     taskset = Tiny()
-    torch.set_flush_denormal(False)
     expected = maker(taskset)(specs(taskset, 1)[0])
     assert expected.ne(0).all()
-    denormals.flush()
-    try:
+    with denormals.as_before():
+        denormals.flush()
         made = maker(taskset)(specs(taskset, 1)[0])
         assert denormals.are_flushed()
-    finally:
-        torch.set_flush_denormal(False)
     assert torch.equal(made, expected)
 
 

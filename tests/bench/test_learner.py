@@ -93,6 +93,7 @@ def test_the_reference_is_in_64_bits():
     assert distance(gradients, gradients) == 0
 
 
+@pytest.mark.slow
 def test_the_command_measures_shows_and_writes(tmp_path):
     words = ("bench", "learner", "tasks=2", "training=1", "seconds=0.001", "repeats=1")
     more = ("work=sine_mlp", "rivals=[conventional,ours]", "threads=[1,2]")

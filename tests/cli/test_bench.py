@@ -27,6 +27,7 @@ def without_original(tmp_path_factory) -> dict[str, str]:
 # --- loader ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loaders_are_compared_and_the_absent_original_is_named(tmp_path, without_original):
     words = ("bench", "loader", *FAST, "workers=[0,1]", "figure=rates.png", "rivals=[bare,naive,"
              "dataloader,metabatch,ours,ours_whole]")  # fmt: skip
@@ -108,7 +109,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(tmp_path, words, said):
 # --- train -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_steps_of_a_training_are_watched(tmp_path, workers):
     words = (*TINY, "bench.seconds=0.05", "bench.warm_up=2", f"loader.workers={workers}")
     said = metabatch("bench", "train", *words, cwd=tmp_path).stdout

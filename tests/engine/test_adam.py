@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from metabatch_cli.batching import denormals
 from metabatch_cli.engine import adam
 from tests.engine.examples import parts
 
@@ -96,9 +97,8 @@ def test_each_goes_on_from_what_the_other_saved(our_class, their_class):
 
 
 def test_of_a_weight_without_gradient_a_training_remembers_nothing_in_the_end():
-    declared = parts("trainer.max_steps=1000")
-    declared.build()
-    try:
+    with denormals.as_before():
+        parts("trainer.max_steps=1000").build()
         (weight,) = weights = [nn.Parameter(torch.ones(64))]
         optimizer = adam.Adam(weights, lr=1e-3, fused=True)
         weight.grad = torch.full_like(weight, 1e-3)
@@ -106,6 +106,4 @@ def test_of_a_weight_without_gradient_a_training_remembers_nothing_in_the_end():
         weight.grad = torch.zeros_like(weight)
         for _ in range(900):  # 0.9⁹⁰⁰ is 7e-42
             optimizer.step()
-    finally:
-        torch.set_flush_denormal(False)
     assert not optimizer.state[weight]["exp_avg"].any()

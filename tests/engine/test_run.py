@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import metabatch_cli
+from metabatch_cli.batching import denormals
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.engine import random_states
 from metabatch_cli.engine.load import load_run
@@ -69,6 +70,13 @@ def test_a_run_holds_the_files_that_the_contract_names(completed):
         "checkpoints/last.pt",
         "checkpoints/best.pt",
     }
+
+
+def test_denormal_numbers_are_flushed_in_a_training_and_not_after_it(tmp_path):
+    seen = []
+    train(settings(), tmp_path, reporter=Watcher(lambda _: seen.append(denormals.are_flushed())))
+    assert seen == [True] * 10
+    assert not denormals.are_flushed()
 
 
 def test_the_result_has_the_entries_of_the_contract(completed):

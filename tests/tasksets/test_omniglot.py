@@ -98,6 +98,7 @@ def test_vinyals_split_has_the_published_numbers_of_classes(data: Path) -> None:
     assert len(trainval.class_names) == 4800
 
 
+@pytest.mark.slow
 def test_split_by_alphabets_shares_no_alphabet(data: Path) -> None:
     dataset = Omniglot(data, split_by="alphabets", rotations=False)
     splits = {split: dataset.select(split) for split in SPLITS}
