@@ -113,7 +113,6 @@ class _AttentionInCache(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: Any,
         heads: int,
@@ -128,6 +127,10 @@ class _AttentionInCache(torch.autograd.Function):
             mask: as of `attend`, with all its dimensions, or None.
             onto_query: whether the queries are added to what comes.
         """
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                wide = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+                return _AttentionInCache.forward(ctx, heads, scale, mask, onto_query, *wide)
         of_heads = [_by_head(part, heads, 3 // len(parts)).flatten(1, 2) for part in parts]
         query, key, value = (part for together in of_heads for part in together.unbind())
         nothing = query.new_empty(())
@@ -158,8 +161,14 @@ class _AttentionInCache(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return _AttentionInCache._gradients(ctx, gradient)
+        return _AttentionInCache._gradients(ctx, gradient)
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, *of_heads = ctx.saved_tensors
         query, key, value = (part for together in of_heads for part in together.unbind())
         gradient = _by_head(gradient, ctx.heads).flatten(0, 2)

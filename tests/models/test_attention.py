@@ -133,3 +133,19 @@ def test_nothing_that_counts_is_attended_to_as_0():
     seen = attend(query, key, value, HEADS, counts)
     assert not seen[1, 2].any()
     torch.testing.assert_close(seen[0], attend(query, key, value, HEADS))
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_in_mixed_precision_attention_is_in_32_bits(backward_inside):
+    parts = torch.cat([part[:, :KEYS] for part in inputs()], dim=2).detach()
+    narrow = parts.to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = attend_onto(narrow, heads=HEADS)
+        with torch.autocast("cpu", enabled=backward_inside):
+            (gradient,) = torch.autograd.grad(seen.square().sum(), narrow)
+    wide = narrow.detach().float().requires_grad_()
+    expected = attend_onto(wide, heads=HEADS)
+    assert seen.dtype == torch.float32
+    torch.testing.assert_close(seen, expected)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), wide)
+    torch.testing.assert_close(gradient, wanted.to(torch.bfloat16))
