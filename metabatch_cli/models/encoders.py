@@ -170,7 +170,9 @@ class Decoder(nn.Module):
         parts = [F.linear(x, of_x, first.bias)]  # type: ignore[arg-type]
         parts += [F.linear(code, weight) for code, weight in zip(codes, of_codes, strict=True)]
         parts += [] if more is None else [more]
-        parts.sort(key=Tensor.numel)  # what all points have in common is added up first
+        # what all points have in common is added up first
+        of_all = [part for part in parts if part.shape[-2] == 1]
+        parts = [*of_all, *(part for part in parts if part.shape[-2] != 1)]
         return self.layers(sum(parts[1:], parts[0]), start=1)
 
 
