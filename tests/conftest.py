@@ -51,7 +51,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def denormal_numbers() -> Iterator[None]:
-    """Are not flushed in the next test, which may be hypothesis', whoever built a training here."""
+    """Are kept again after a test that built a training: hypothesis refuses to run without them."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)

@@ -122,7 +122,7 @@ class Plan:
             if drop_last and n_batches is None and batch_size > n_tasks:
                 raise ValueError(
                     f"batch_size={batch_size} is larger than the task set ({n_tasks} tasks): "
-                    "with drop_last=True no batch is left (drop_last=False gives the one of all)"
+                    "with drop_last=True no batch is left (drop_last=False gives one, of all)"
                 )
         parts = law.parts
         drawn_alone = balance is not None or parts is not None

@@ -84,15 +84,22 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         What was written as JSON: `run`, `step`, `weights`, `overrides`, `metrics`, `calibration`,
         `digests`.
     """
+    from metabatch_cli.batching import denormals
+
+    with denormals.as_before():
+        return _evaluated(config, overrides)
+
+
+def _evaluated(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from metabatch_cli.config import choices
-    from metabatch_cli.config.check import is_several
+    from metabatch_cli.config.check import check, is_several
     from metabatch_cli.config.errors import ConfigError
     from metabatch_cli.engine.load import load_run
     from metabatch_cli.engine.processor import settle
     from metabatch_cli.report.console import Reporter
     from metabatch_cli.report.files import write_json
 
-    typed = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    typed = dict(word.lstrip("+~").partition("=")[::2] for word in overrides)
     for key, value in typed.items():
         _refuse_what_is_of_training(key, value)
     plain = choices.resolve(config, fall_back=True)
@@ -103,7 +110,8 @@ def evaluate_run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         kept = plain["evaluation"]["test"] or {}
         kept = {} if is_several(kept, plain["taskset"]) else kept
         plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
-    settle(int(plain["trainer"]["threads"]))  # as a training does: scores are the same to the bit
+    # as a training does: scores are the same to the bit
+    settle(int(check(plain).trainer.threads))
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
     for name, instead in run.learner.when_tested.items():
         if f"learner.{name}" in typed and plain["learner"].get(instead) is not None:
@@ -163,18 +171,17 @@ def _refuse_what_is_of_training(key: str, value: str) -> None:
     from metabatch_cli.config.errors import ConfigError
 
     section, _, name = key.partition(".")
-    kept = {
-        "loader": ("device",),
-        "trainer": ("test_on", "precision", "threads"),
-    }
-    of_training = section in ("optimizer", "scheduler", "logger", "seed", "fresh")
-    if of_training or (section in kept and name and name not in kept[section]):
+    kept = ("device",) if section == "loader" else ("test_on", "precision", "threads")
+    allowed = "keys of taskset, evaluation, learner, and loader.device, trainer.test_on, "
+    allowed += "trainer.precision, trainer.threads"
+    if section in ("optimizer", "scheduler", "logger", "seed", "fresh", "trainer", "loader"):
+        if section in ("trainer", "loader") and name in kept:
+            return
+        how = "as it was trained"
+        if section == "loader":
+            how = "in batches of evaluation.batch_size, made in its own process"
         raise ConfigError(
-            key,
-            "is about training; a run is scored as it was trained",
-            value=value,
-            allowed="keys of taskset, evaluation, learner, and "
-            + ", ".join(f"{section}.{name}" for section in kept for name in kept[section]),
+            key, f"is about training; a run is scored {how}", value=value, allowed=allowed
         )
     if key == "evaluation.figures" or key.split(".")[:2] == ["evaluation", "val"]:
         raise ConfigError(key, "has no part in a score on held-out tasks", value=value)

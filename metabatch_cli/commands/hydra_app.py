@@ -21,10 +21,10 @@ _WITH_VALUE = {
 }
 
 
-_failed = False
-"""Whether a job of several failed that this process ran itself."""
-
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+_failed = False
+"""Whether one of several jobs failed that ran in this process, one after the other."""
 
 
 def launch(
@@ -120,19 +120,22 @@ class _Job:
             from metabatch_cli.config.errors import UserError, explain
 
             hydra = HydraConfig.get()
-            name, several = "", hydra.mode == RunMode.MULTIRUN
+            several = hydra.mode == RunMode.MULTIRUN
             resumable = several and hydra.sweeper["_target_"].endswith(".ResumableSweeper")
+            here = not several or hydra.launcher["_target_"].endswith(".BasicLauncher")
+            if not resumable and not here:
+                raise  # Hydra's own sweeper tells of the first when all are done
+            name = ""
             if resumable:
                 name = f"{Path(hydra.runtime.output_dir).name}: "
             elif several:
                 words = (word for word in hydra.overrides.task if not word.startswith("+run="))
                 name = f"{' '.join(words)}: "
             print(f"metabatch: {name}{explain(error)}", file=sys.stderr, flush=True)
+            if resumable:  # its sweeper goes on, and knows; not every exception can be sent to it
+                raise UserError(explain(error)) from error
             if not several:
                 sys.exit(1)
-            if not resumable and hydra.launcher["_target_"].endswith(".BasicLauncher"):
-                global _failed
-                _failed = True  # Hydra's own sweeper would end by the first failure, and tell again
-                return None
-            # the sweeper goes on, and knows; not every exception can be sent to it
-            raise UserError(explain(error)) from error
+            global _failed
+            _failed = True
+            return None

@@ -134,17 +134,12 @@ def _hydra_message(error: BaseException) -> UserError:
 
 def _override_message(override: str) -> ConfigError:
     key, equals, value = override.partition("=")
-    if not equals:
+    if not equals or not re.fullmatch(r"[+~]*[\w./@:$-]+", key):
         return ConfigError(override, "is no override: key=value, +key=value or ~key")
-    special = f"special characters in quotes, '{key}=\"…\"'"
-    if value.startswith(("{", "[")):
-        special = "in a name =,:{}[]() behind a backslash, {a\\=1: …}"
-    return ConfigError(
-        key,
-        "the value cannot be read",
-        value=value,
-        allowed=f"every bracket and quote ends; {special}",
-    )
+    allowed = f"every bracket and quote is closed; special characters in quotes, '{key}=\"…\"'"
+    if value.lstrip().startswith("{"):
+        allowed += ", and in a name behind a backslash, {a\\=1: …}"
+    return ConfigError(key, "the value cannot be read", value=value, allowed=allowed)
 
 
 def _yaml_message(error: Exception) -> str:

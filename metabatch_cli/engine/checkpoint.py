@@ -29,8 +29,10 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such checkpoint") from None
-    except IsADirectoryError:
-        raise UserError(f"{file}: is a folder, not a checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # of an unpickler, which speaks of its own workings
         raise UserError(f"{file}: is no checkpoint, or a damaged one") from error
     if not isinstance(state, dict) or "learner" not in state:

@@ -9,7 +9,11 @@ from metabatch_cli.engine.memory import keep_freed_memory
 
 
 def settle(threads: int) -> None:
-    """What is to be set before the first operation that has threads: they take it over.
+    """Set threads, keep freed memory, flush denormal numbers (see batching/denormals.py).
+
+    To be called before the first operation that has several threads: they flush as the one does
+    that starts them, and go on so until the process ends. Where a program has computed on several
+    before it trains, some of its threads do not flush: they round numbers below 1.2e-38 otherwise.
 
     Args:
         threads: of a CPU, for all that one operation can share among them.

@@ -349,8 +349,14 @@ class Trainer:
         saved = self.ranks.leads and self.run.last_checkpoint.exists()
         state = checkpoint.load(self.run.last_checkpoint) if saved else None
         if state := self.ranks.from_leader(state):
-            self.learner.load_state_dict(state["learner"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            try:
+                self.learner.load_state_dict(state["learner"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (RuntimeError, ValueError) as error:  # the configuration is the same
+                raise UserError(
+                    f"{self.run.last_checkpoint}: does not fit this version of the code, which has "
+                    "other weights: go on with the version that began it, or fresh=true"
+                ) from error
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             try:

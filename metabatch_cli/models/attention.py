@@ -93,7 +93,7 @@ def _in_cache(query: Tensor, key: Tensor, heads: int) -> bool:
 
 
 def _everybody_sees(mask: Tensor | None) -> bool:
-    """Whether every task has a key, by a mask `[tasks, n_key]`; of counts, False."""
+    """Whether every task is known to have a key: by no mask, or by one `[tasks, n_key]`."""
     return mask is None or (mask.dim() == 2 and bool(mask.any(dim=1).all()))
 
 
@@ -237,7 +237,7 @@ class AttentionBlock(nn.Module):
         check_heads(width, heads)
         self.heads = heads
         self.scale = 1 / math.sqrt(width)
-        self.of_points = nn.Linear(width, 3 * width, bias=False)  # queries, keys and values
+        self.projections = nn.Linear(width, 3 * width, bias=False)  # queries, keys and values
         self.out = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
@@ -254,7 +254,7 @@ class AttentionBlock(nn.Module):
         if points.dim() == 4:
             mask = None if mask is None else mask.repeat(len(points), 1)
             return self.between(points.flatten(0, 1), mask).unflatten(0, points.shape[:2])
-        parts = self.of_points(points)
+        parts = self.projections(points)
         seen = self._attend(parts, mask=mask)
         if first:
             alone = self._attend(parts[:, :first], mask=None if mask is None else mask[:, :first])
@@ -276,7 +276,7 @@ class AttentionBlock(nn.Module):
             before: a linear layer that queries and keys have still to go through; it is merged
                 into the block's own, as two products of weights are cheaper than two of points.
         """
-        of_query, of_key, of_value = self.of_points.weight.chunk(3)
+        of_query, of_key, of_value = self.projections.weight.chunk(3)
         if before is None:
             query, key = F.linear(query, of_query), F.linear(key, of_key)
         else:

@@ -67,7 +67,7 @@ class Layers(nn.Sequential):
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """`x [..., inputs]` → `[..., outputs]`, through the layers from `start` to `stop`.
 
-        What comes of the layers before `start` may be overwritten.
+        With `start`, x is what the layers before it made, and may be overwritten.
         """
         rows = x.flatten(0, -2) if x.dim() > 2 else x
         before = self[start - 1] if start else None

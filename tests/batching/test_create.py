@@ -246,7 +246,7 @@ def test_tasks_are_made_on_one_thread_and_the_others_come_back():
 
 class Tiny(Example):
     def __gettask__(self, index, n_context, n_target):
-        return torch.tensor([2.0]).pow(-140 - index)  # float32 has 24 digits less of them
+        return torch.tensor([2.0]).pow(-140 - index)  # the least normal float32 is 2⁻¹²⁶
 
 
 def test_tasks_of_denormal_numbers_are_what_they_are_where_these_are_flushed():

@@ -174,7 +174,9 @@ def test_a_run_that_is_older_than_a_key_of_evaluation_can_be_scored_by_it(tmp_pa
     assert "did you mean 'predict'?" in only_message(done)
 
 
-@pytest.mark.parametrize("word", ["taskset.max_ctx_pts=0", "taskset.nois=1"])
+@pytest.mark.parametrize(
+    "word", ["taskset.max_ctx_pts=0", "taskset.nois=1", "trainer.threads=0", "trainer.threads=a"]
+)
 def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
     before = examples.fingerprint(trained)
     done = metabatch("eval", "run=run", word, cwd=trained, code=1)
@@ -188,7 +190,8 @@ def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
         ("optimizer.lr=0.1", "a run is scored as it was trained"),
         ("evaluation=ranges", "a run is scored with its own task set, network and evaluation"),
         ("trainer.max_steps=5", "a run is scored as it was trained"),
-        ("loader.batch_size=4", "a run is scored as it was trained"),
+        ("loader.batch_size=4", "in batches of evaluation.batch_size"),
+        ("trainer={max_steps:5}", "a run is scored as it was trained"),
         ("evaluation.figures=false", "has no part in a score"),
         ("learner.samples=5", "a test goes by learner.eval_samples"),
     ],

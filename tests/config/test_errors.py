@@ -114,15 +114,17 @@ def test_an_experiment_without_its_plus_is_helped():
     assert "did you mean '+experiment=cnp_sine'?" in said("experiment=cnp_sine")
 
 
-def test_what_is_no_override_is_said_to_be_none():
-    assert said(EXPERIMENT, "a b").startswith("a b: is no override: key=value")
+@pytest.mark.parametrize("word", ["a b", "model width=3", "+ a=1"])
+def test_what_is_no_override_is_said_to_be_none(word):
+    assert said(EXPERIMENT, word).startswith(f"{word}: is no override: key=value")
 
 
 @pytest.mark.parametrize(
     ("word", "way_out"),
     [
-        ("model.width=[1", "every bracket and quote ends"),
-        ("model.width={", "every bracket and quote ends"),
+        ("model.width=[1", "every bracket and quote is closed"),
+        ("model.width={", "every bracket and quote is closed"),
+        ("model.width=[a=b]", "in quotes, 'model.width="),
         ("model.width=a=b", "in quotes, 'model.width="),
         ('evaluation.test={"noise=1": {noise: 1}}', r"behind a backslash, {a\=1: …}"),
     ],

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metabatch_cli.config.errors import UserError
 from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.stop import Interrupted
 from metabatch_cli.engine.trainer import Trainer
@@ -295,3 +296,16 @@ def test_a_run_that_began_from_another_can_be_resumed_without_it(tmp_path):
     shutil.rmtree(tmp_path / "first")
     run(tmp_path / "second", *overrides)
     assert_same_run(tmp_path / "second", tmp_path / "whole")
+
+
+def test_weights_that_this_version_has_not_are_refused_and_kept(tmp_path):
+    disturb(tmp_path, 5, "interrupted")
+    file = tmp_path / "checkpoints" / "last.pt"
+    older = torch.load(file, weights_only=True)
+    weights = older["learner"]
+    weights["by another name"] = weights.pop(next(iter(weights)))
+    torch.save(older, file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"last\.pt: does not fit this version of the code"):
+        run(tmp_path)
+    assert file.read_bytes() == before
