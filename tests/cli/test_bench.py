@@ -129,6 +129,7 @@ def test_steps_of_a_training_are_watched(tmp_path, workers):
     assert 0 < found["waiting_percent"]["of_all"] < 100
 
 
+@pytest.mark.slow
 def test_a_training_that_is_watched_writes_only_what_it_is_told(tmp_path):
     words = (*TINY, "bench.seconds=0.05", "bench.warm_up=2", "bench.out=null")
     metabatch("bench", "train", *words, cwd=tmp_path)

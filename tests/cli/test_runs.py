@@ -286,7 +286,7 @@ class Nobody:
     ("signum", "workers", "to"),
     [
         (signal.SIGINT, 0, "the process"),
-        (signal.SIGINT, 2, "its group"),
+        pytest.param(signal.SIGINT, 2, "its group", marks=pytest.mark.slow),
         (signal.SIGTERM, 2, "its group"),
     ],
 )

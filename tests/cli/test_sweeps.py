@@ -65,6 +65,7 @@ def test_each_failure_is_told_with_its_reason_and_tried_once_more(tmp_path):
     assert untouched(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_what_failed_is_left_alone_if_nobody_wants_it_tried_again(tmp_path):
     failing = "optimizer.lr=1e30,0.001"  # the loss is soon no number
     metabatch(*SWEEP, failing, cwd=tmp_path, code=1)
@@ -84,6 +85,7 @@ def test_a_choice_that_there_is_not_costs_its_own_job_only(tmp_path):
     assert "sweep/taskset=sawtoth" in done.stdout
 
 
+@pytest.mark.slow
 def test_of_parallel_jobs_too_a_failing_one_leaves_the_others_alone(tmp_path):
     words = [word for word in SWEEP if not word.startswith("trainer.threads")]
     words += ["model.width=oops,8,0,16", "launcher=parallel", "launcher.jobs=2"]

@@ -60,6 +60,7 @@ def test_what_is_asked_for_is_not_chosen(tmp_path, asked, compiles):
     assert config_of(tmp_path)["trainer"]["compile"] is compiles
 
 
+@pytest.mark.slow
 def test_a_neural_process_learns_the_same_compiled(tmp_path, monkeypatch):
     traced = functools.partial(torch.compile, backend="eager")  # all but the compiler itself
     monkeypatch.setattr(torch, "compile", traced)

@@ -244,8 +244,15 @@ def inner_step(model: nn.Module, mode: str, n_context: int):
     return after
 
 
-@pytest.mark.parametrize("mode", ["support", "transductive"])
-@pytest.mark.parametrize("norm", ["batch", "transductive"])
+@pytest.mark.parametrize(
+    ("norm", "mode"),
+    [
+        ("batch", "support"),
+        ("batch", "transductive"),
+        pytest.param("transductive", "support", marks=pytest.mark.slow),
+        pytest.param("transductive", "transductive", marks=pytest.mark.slow),
+    ],
+)
 def test_second_derivatives_under_vmap_are_those_of_a_loop(mode, norm):
     model = network(norm=norm)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}

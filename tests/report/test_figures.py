@@ -496,6 +496,7 @@ def test_tasks_come_in_the_asked_precision(shown, tmp_path):
     assert len(shown) == 1
 
 
+@pytest.mark.slow
 def test_pyplot_and_its_global_state_are_left_alone():
     code = (
         "import sys; from metabatch_cli.report import curves, figures; "

@@ -106,7 +106,11 @@ def test_the_oracle_takes_tasks_of_any_type_and_answers_in_float64(dtype):
 # weights as in the paper's evaluation: the mean over points in a batch, then over batches
 @pytest.mark.parametrize(
     ("kernel", "marginal", "joint"),
-    [(TNP[0], 1.53, 1.81), (TNP[1], 1.10, 1.38), (TNP[2], 1.20, 1.50)],
+    [
+        (TNP[0], 1.53, 1.81),
+        pytest.param(TNP[1], 1.10, 1.38, marks=pytest.mark.slow),
+        pytest.param(TNP[2], 1.20, 1.50, marks=pytest.mark.slow),
+    ],
     ids=["rbf", "matern", "periodic"],
 )
 def test_the_limits_of_the_benchmark_of_transformer_neural_processes(kernel, marginal, joint):
