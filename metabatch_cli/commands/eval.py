@@ -27,6 +27,10 @@ usage: metabatch eval run=DIR [KEY=VALUE ...]
 Writes DIR/evaluations/NAME.json, NAME being what was changed."""
 
 
+_OF_SCORES = {"trainer": ("test_on", "precision", "threads"), "loader": ("device",)}
+"""Of sections about training, the keys that scores depend on too."""
+
+
 def main(words: list[str]) -> None:
     """A Hydra application whose primary configuration is the run's own."""
     from metabatch_cli.config.errors import UserError
@@ -99,9 +103,9 @@ def _evaluated(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     from metabatch_cli.report.console import Reporter
     from metabatch_cli.report.files import write_json
 
-    typed = dict(word.lstrip("+~").partition("=")[::2] for word in overrides)
+    typed = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
     for key, value in typed.items():
-        _refuse_what_is_of_training(key, value)
+        _refuse_what_is_of_training(key.lstrip("~"), value)
     plain = choices.resolve(config, fall_back=True)
     directory = plain.pop("run")
     changed = {key: value for key, value in typed.items() if key.startswith("taskset.")}
@@ -171,17 +175,17 @@ def _refuse_what_is_of_training(key: str, value: str) -> None:
     from metabatch_cli.config.errors import ConfigError
 
     section, _, name = key.partition(".")
-    kept = ("device",) if section == "loader" else ("test_on", "precision", "threads")
-    allowed = "keys of taskset, evaluation, learner, and loader.device, trainer.test_on, "
-    allowed += "trainer.precision, trainer.threads"
-    if section in ("optimizer", "scheduler", "logger", "seed", "fresh", "trainer", "loader"):
-        if section in ("trainer", "loader") and name in kept:
-            return
+    of_training = ("optimizer", "scheduler", "logger", "seed", "fresh", *_OF_SCORES)
+    if section in of_training and name not in _OF_SCORES.get(section, ()):
         how = "as it was trained"
         if section == "loader":
             how = "in batches of evaluation.batch_size, made in its own process"
+        others = ", ".join(f"{of}.{name}" for of, names in _OF_SCORES.items() for name in names)
         raise ConfigError(
-            key, f"is about training; a run is scored {how}", value=value, allowed=allowed
+            key,
+            f"is about training; a run is scored {how}",
+            value=value,
+            allowed=f"keys of taskset, evaluation, learner, and {others}",
         )
     if key == "evaluation.figures" or key.split(".")[:2] == ["evaluation", "val"]:
         raise ConfigError(key, "has no part in a score on held-out tasks", value=value)

@@ -119,23 +119,22 @@ class _Job:
         except Exception as error:  # here and not in the app: Hydra would print a line of its own
             from metabatch_cli.config.errors import UserError, explain
 
-            hydra = HydraConfig.get()
-            several = hydra.mode == RunMode.MULTIRUN
-            resumable = several and hydra.sweeper["_target_"].endswith(".ResumableSweeper")
-            here = not several or hydra.launcher["_target_"].endswith(".BasicLauncher")
-            if not resumable and not here:
-                raise  # Hydra's own sweeper tells of the first when all are done
-            name = ""
-            if resumable:
-                name = f"{Path(hydra.runtime.output_dir).name}: "
-            elif several:
-                words = (word for word in hydra.overrides.task if not word.startswith("+run="))
-                name = f"{' '.join(words)}: "
-            print(f"metabatch: {name}{explain(error)}", file=sys.stderr, flush=True)
-            if resumable:  # its sweeper goes on, and knows; not every exception can be sent to it
-                raise UserError(explain(error)) from error
-            if not several:
+            hydra, said = HydraConfig.get(), explain(error)
+            if hydra.mode != RunMode.MULTIRUN:
+                _say(said)
                 sys.exit(1)
+            if hydra.sweeper["_target_"].endswith(".ResumableSweeper"):
+                _say(f"{Path(hydra.runtime.output_dir).name}: {said}")
+                # the sweeper goes on, and knows; not every exception can be sent to it
+                raise UserError(said) from error
+            if not hydra.launcher["_target_"].endswith(".BasicLauncher"):
+                raise  # Hydra's own sweeper tells of the first when all are done
+            words = [word for word in hydra.overrides.task if not word.startswith("+run=")]
+            _say(f"{' '.join(words)}: {said}")
             global _failed
             _failed = True
             return None
+
+
+def _say(message: str) -> None:
+    print(f"metabatch: {message}", file=sys.stderr, flush=True)

@@ -185,7 +185,7 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize("kind", [Draws, pytest.param(Waves, marks=pytest.mark.slow)])
-@settings(max_examples=1, phases=UNSHRUNK, deadline=None)
+@settings(max_examples=2, phases=UNSHRUNK, deadline=None)
 @given(
     legs=st.lists(st.tuples(st.sampled_from([0, 1, 5, 6, 7, 11]), workers), min_size=3, max_size=3)
 )

@@ -623,7 +623,7 @@ def test_a_short_epoch_is_shared_between_the_workers(messages, monkeypatch):
             assert max(count for _, _, count in messages) <= 3
 
 
-@settings(max_examples=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=8),
     workers=st.integers(1, 3),
