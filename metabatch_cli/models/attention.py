@@ -276,14 +276,14 @@ class AttentionBlock(nn.Module):
             before: a linear layer that queries and keys have still to go through; it is merged
                 into the block's own, as two products of weights are cheaper than two of points.
         """
-        of_query, of_key, of_value = self.projections.weight.chunk(3)
-        if before is None:
-            query, key = F.linear(query, of_query), F.linear(key, of_key)
-        else:
-            query, key = (
-                F.linear(part, own @ before.weight, own @ before.bias)
-                for part, own in ((query, of_query), (key, of_key))
-            )
+        width = self.projections.in_features
+        weight, of_value = self.projections.weight.split([2 * width, width])  # queries' and keys'
+        biases: tuple[Tensor | None, ...] = (None, None)
+        if before is not None:
+            biases = (weight @ before.bias).chunk(2)
+            weight = weight @ before.weight
+        of_query, of_key = weight.chunk(2)
+        query, key = F.linear(query, of_query, biases[0]), F.linear(key, of_key, biases[1])
         value = F.linear(value, of_value)
         return self._finished(self._attend(query, key, value, mask=mask))
 
