@@ -108,12 +108,13 @@ class Episodes(TaskSet):
                 f"ways={self._ways} is more than the {len(self._sizes)} classes of the split "
                 f"{self.split!r}"
             )
-        smallest = int(self._sizes.argmin())
-        if most_shots + most_queries > self._sizes[smallest]:
+        smallest, needed = int(self._sizes.argmin()), most_shots + most_queries
+        if needed > self._sizes[smallest]:
+            way_out = f"; dataset.min_images={needed} leaves such classes out"
             raise ValueError(
-                f"shots={most_shots} and queries={most_queries} are {most_shots + most_queries} "
-                f"images of a class, but class {self.images.class_names[smallest]!r} of the "
-                f"split {self.split!r} has {self._sizes[smallest]}"
+                f"shots={most_shots} and queries={most_queries} are {needed} images of a class, "
+                f"but class {self.images.class_names[smallest]!r} of the split {self.split!r} has "
+                f"{self._sizes[smallest]}{way_out if hasattr(dataset, 'min_images') else ''}"
             )
         if turn is not None:
             self._check_turns(turn)

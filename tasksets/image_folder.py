@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from annotated_types import Ge, Lt
 from PIL import Image, ImageOps
 
-from metabatch_cli.batching.arguments import one_of
+from metabatch_cli.batching.arguments import at_least, one_of
 from metabatch_cli.batching.streams import Stream, permutation
 from metabatch_cli.batching.taskset import SPLITS, Split
 from tasksets.image_cache import Decoded, cached_images, open_image
@@ -54,6 +55,10 @@ class ImageFolder:
         seed: which they are.
         fit: an image that is not square is cropped around its centre ("crop") or loses its
             proportions ("stretch").
+        min_images: classes of fewer images are left out, of all splits; for split_by "class".
+
+    Attributes:
+        note: how many classes were left out; "" for none.
 
     Raises:
         ValueError: an argument that is none of those.
@@ -69,12 +74,18 @@ class ImageFolder:
         test: Annotated[float, Ge(0), Lt(1)] = 0.2,
         seed: int = 0,
         fit: Literal["crop", "stretch"] = "crop",
+        min_images: Annotated[int, Ge(1)] = 1,
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size} must be at least 1")
+        at_least("image_size", image_size, 1)
+        at_least("min_images", min_images, 1)
         one_of("channels", channels, tuple(_MODES))
         one_of("split_by", split_by, ("class", "image"))
         one_of("fit", fit, ("crop", "stretch"))
+        if split_by == "image" and min_images > 1:
+            raise ValueError(
+                f"min_images={min_images} leaves out classes, but split_by=image has no regard "
+                "to classes"
+            )
         if val < 0 or test < 0 or val + test >= 1:
             raise ValueError(f"val={val} and test={test} must be fractions that sum to less than 1")
         self.root = Path(root).expanduser().absolute()
@@ -85,6 +96,8 @@ class ImageFolder:
         self.test = test
         self.seed = seed
         self.fit = fit
+        self.min_images = min_images
+        self.note = ""
 
     def select(self, split: Split) -> LabelledImages:
         """The images of a split, by class.
@@ -142,7 +155,7 @@ class ImageFolder:
                 f"{self.root / loose} lies outside of the class folders, so it belongs to no "
                 "class: split_by=image splits images without regard to classes"
             )
-        classes = sorted(set(names))
+        classes = sorted(self._large(names))
         mine = {classes[number] for number in self._held_out(len(classes), "classes")[split]}
         return names, [number for number, name in enumerate(names) if name in mine]
 
@@ -160,7 +173,26 @@ class ImageFolder:
         chosen = [number for number, file in enumerate(files) if file.folders[0] == split]
         if not chosen:
             raise DataError(f"{self.root / split} does not exist or has no images")
+        large = self._large(names)
+        chosen = [number for number in chosen if names[number] in large]
+        if not chosen:
+            raise DataError(f"{self.root / split} has no class of {self.min_images} images")
         return names, chosen
+
+    def _large(self, names: Sequence[str]) -> set[str]:
+        """The classes that have enough images, by the class of every image."""
+        counts = Counter(names)
+        large = {name for name, count in counts.items() if count >= self.min_images}
+        if not large:
+            largest, most = counts.most_common(1)[0]
+            raise DataError(
+                f"{self.root}: no class has min_images={self.min_images} images; the largest, "
+                f"{largest!r}, has {most}"
+            )
+        small = len(counts) - len(large)
+        few = f"fewer than {self.min_images} images"
+        self.note = f"{small} of {len(counts)} classes left out: {few}" if small else ""
+        return large
 
     def _held_out(self, total: int, what: str) -> dict[str, np.ndarray]:
         """Numbers 0 … total − 1, each in one split."""

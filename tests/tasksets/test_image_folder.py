@@ -214,9 +214,31 @@ def test_too_little_to_split_is_an_error_that_counts(tmp_path: Path) -> None:
         Episodes(ImageFolder(tmp_path, split_by="image", val=0), 2, 1, 1, split="val")
 
 
+@pytest.mark.parametrize("folders", [False, True])
+def test_classes_of_too_few_images_can_be_left_out(tmp_path: Path, folders: bool) -> None:
+    for number, split in enumerate(SPLITS):
+        root = tmp_path / split if folders else tmp_path
+        for c in "ab":
+            for i in range(3):
+                draw(root / f"{split}_{c}" / f"{i}.png", 50 * number + 10 * (c == "b") + i)
+    draw((tmp_path / "train" if folders else tmp_path) / "small" / "0.png", 255)
+    everything = ImageFolder(tmp_path, 4, 1, val=0.3, test=0.3)
+    home = next(split for split in SPLITS if "small" in greys(everything, split))
+    with pytest.raises(ValueError, match=r"'small' .*has 1; dataset.min_images=3 leaves"):
+        Episodes(everything, 2, 1, 2, split=home)
+    large = ImageFolder(tmp_path, 4, 1, val=0.3, test=0.3, min_images=3)
+    sizes = {name: len(found) for split in SPLITS for name, found in greys(large, split).items()}
+    assert sizes == {f"{split}_{c}": 3 for split in SPLITS for c in "ab"}
+    note = "1 of 7 classes left out: fewer than 3 images"
+    assert note in Episodes(large, 2, 1, 2, split="train").note
+    with pytest.raises(DataError, match=r"no class has min_images=4 images; the largest, .*has 3"):
+        ImageFolder(tmp_path, min_images=4).select("train")
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [{"image_size": 0}, {"channels": 4}, {"split_by": "author"}, {"fit": "pad"},
+    [{"min_images": 0}, {"min_images": 2, "split_by": "image"}, {"image_size": 0},
+     {"channels": 4}, {"split_by": "author"}, {"fit": "pad"},
      {"val": 0.6, "test": 0.4}, {"val": -0.1}],
 )  # fmt: skip
 def test_impossible_arguments_are_refused(arguments) -> None:
