@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from metabatch_cli.batching.arguments import at_least, one_of
-from metabatch_cli.batching.sizes import SizeLaw
+from metabatch_cli.batching.sizes import SizeLaw, extremes
 from metabatch_cli.batching.streams import uniforms
 from metabatch_cli.batching.task import Task
 from metabatch_cli.batching.taskset import Split, TaskSpec
@@ -110,6 +110,9 @@ class GaussianProcess(DrawnTaskSet):
         self.vary = vary
         self.n_tasks = as_count(n_tasks)
         self.pool = at_least("pool", pool, 1)
+        if self.n_tasks is not None:
+            for drawn in extremes(self.law):
+                self._check_pool(drawn["n_context"], drawn["n_target"])
         self._known: dict[int, Tensor] = {}
 
     def __gettasks__(
@@ -142,14 +145,11 @@ class GaussianProcess(DrawnTaskSet):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of functions that have an index, at some of the points where they are known."""
         anywhere: dict[str, Any] = {"generator": generator, "device": generator.device}
-        apart = self.target_x_range != self.x_range
-        for wanted in (n_context, n_target) if apart else (n_context + n_target,):
-            if wanted > self.pool:
-                raise ValueError(f"pool={self.pool} is too small for a task of {wanted} points")
+        self._check_pool(n_context, n_target)
         known = torch.stack([self._function(index) for index in indices.tolist()])
         known = known.to(generator.device)
         order = torch.rand(known.shape[:2], **anywhere)
-        if apart:
+        if self._apart:
             context, target = order.split(self.pool, dim=1)
             first = context.argsort(1)[:, :n_context]
             chosen = torch.cat([first, target.argsort(1)[:, :n_target] + self.pool], dim=1)
@@ -169,8 +169,7 @@ class GaussianProcess(DrawnTaskSet):
         if index not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            at, apart = torch.tensor([index]), self.target_x_range != self.x_range
-            count = self.pool * (1 + apart)
+            at, count = torch.tensor([index]), self.pool * (1 + self._apart)
             uniform = uniforms(at, len(self.dataset.names), self.split, "gp")
             x = uniforms(at, count * self.dim_x, self.split, "gp", "x").float()
             x = x.view(1, count, self.dim_x)
@@ -181,6 +180,19 @@ class GaussianProcess(DrawnTaskSet):
             y = (normal[:, None] @ factor.mT).mT.float()
             self._known[index] = torch.cat([x, y], dim=2)[0]
         return self._known[index]
+
+    @property
+    def _apart(self) -> bool:
+        """Whether context and target are of pools of their own."""
+        return self.target_x_range != self.x_range
+
+    def _check_pool(self, n_context: int, n_target: int) -> None:
+        for wanted in (n_context, n_target) if self._apart else (n_context + n_target,):
+            if wanted > self.pool:
+                raise ValueError(
+                    f"pool={self.pool} is too small for a task of {n_context} context and "
+                    f"{n_target} target points: at least {wanted}"
+                )
 
     def _place(self, context: Tensor, target: Tensor) -> None:
         """Turn numbers of [0, 1) into points of their ranges, in place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from metabatch_cli.batching.arguments import one_of
-from metabatch_cli.batching.sizes import WORDS, SizeLaw
+from metabatch_cli.batching.sizes import Metabatch, SizeLaw, extremes
 from metabatch_cli.batching.task import Task
 from metabatch_cli.batching.taskset import SPLITS, Split, TaskSet, TaskSpec
 
@@ -294,12 +293,13 @@ class ImageCompletion(TaskSet):
         return torch.from_numpy(self.images.take(indices.numpy())).float().div_(255)
 
     def _check_law(self) -> None:
-        # a law draws its sizes from random words, more for more: the extreme words show its
-        # bounds, whatever law it is
-        ends = (0, 2**64 - 1)
-        for words in itertools.product(ends, repeat=WORDS):
-            drawn = dict(self.law.draw(words))
-            self._check_sizes(drawn.pop("n_context"), drawn.pop("n_target"))
+        n_pixels, targets = len(self._grid), set()
+        for drawn in extremes(self.law):
+            n_context, n_target = drawn.pop("n_context"), drawn.pop("n_target")
+            self._check_sizes(n_context, n_target)
+            targets.add(n_target)
+            if isinstance(self.law, Metabatch) and n_target == n_pixels and len(targets) > 1:
+                self._check_sizes(n_context, n_pixels - 1)  # which is drawn as often
             if drawn:
                 raise ValueError(
                     f"sizes: {type(self.law).__name__} draws {', '.join(drawn)}, which completing "

@@ -178,8 +178,9 @@ class Mixture(TaskSet):
         self._counts = [n_tasks(taskset) for taskset in self._sets]
         self._drawn = [c for c, weight in enumerate(self.weights) if weight]
         self._spec = self._agreed_spec()
-        own_bounds = (min_pts, max_ctx_pts, max_tgt_pts, total_tgt_pts)
-        given = sizes is not None or any(bound is not None for bound in own_bounds)
+        own = (min_pts, max_ctx_pts, max_tgt_pts, total_tgt_pts, sizes)
+        flags = predict_full_target or predict_full_target_during_eval
+        given = flags or any(argument is not None for argument in own)
         self._own_sizes = (sizes or "metabatch") if given else None
         self._examples: dict[Any, Task] = {}
         self._alike = False

@@ -120,9 +120,17 @@ class TableFile:
                 f"{self.path}: {self.dropped_rows:,} of {columns.rows:,} rows have an empty cell "
                 "in a column that is asked for; missing=drop drops them"
             )
-        numbers = both[whole].astype(np.float32)
-        self.x = np.ascontiguousarray(numbers[:, : len(x)])
-        self.y = np.ascontiguousarray(numbers[:, len(x) :])
+        rounded = both[whole].astype(np.float32)
+        for name, exact, short in zip((*x, *y), both[whole].T, rounded.T, strict=True):
+            if _lost(exact, short, group_of[whole]):
+                raise DataError(
+                    f"{'x' if name in x else 'y'}={name!r}: {self.path} has numbers as large as "
+                    f"{np.abs(exact).max():.10g}, and float32 keeps too few digits to tell those "
+                    "of a group apart: subtract what they have in common"
+                    + (f" (of times, time={name} and x={ELAPSED} do)" if name in x else "")
+                )
+        self.x = np.ascontiguousarray(rounded[:, : len(x)])
+        self.y = np.ascontiguousarray(rounded[:, len(x) :])
         self.counts = np.bincount(group_of[whole], minlength=len(names)).astype(np.int64)
         self.starts = np.cumsum(self.counts) - self.counts
         self.group_names = tuple(names)
@@ -165,6 +173,14 @@ class TableFile:
             found[f"{name}_mean"] = mine.mean(axis=0).tolist()
             found[f"{name}_std"] = np.where(std > 0, std, 1.0).tolist()
         return found
+
+
+def _lost(exact: np.ndarray, rounded: np.ndarray, group_of: np.ndarray) -> bool:
+    """Whether rounding moves numbers, `[rows]` group by group, by a hundredth of what rows of a
+    group differ by."""
+    first = exact[np.searchsorted(group_of, group_of)]  # of the row's group
+    apart = np.abs(exact - first).mean() if len(exact) else 0.0
+    return bool(apart and np.abs(rounded - exact).max() > 0.01 * apart)
 
 
 def _in_order(

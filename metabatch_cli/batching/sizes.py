@@ -7,8 +7,9 @@ all ranks agree without a word between them. Every law checks its own bounds whe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ class Metabatch(SizeLaw):
 
     `n_context ~ U{min_pts … max_ctx_pts}`; `n_target` is `total_tgt_pts` with
     `predict_full_target`, `total_tgt_pts − n_context` with `eval` and
-    `predict_full_target_during_eval`, else `~ U{n_context … max_tgt_pts}`.
+    `predict_full_target_during_eval`, else `~ U{n_context … max_tgt_pts}`, of at least 1 (in
+    the original a task of no context may have no target either).
     """
 
     min_pts: int
@@ -90,7 +92,7 @@ class Metabatch(SizeLaw):
         elif self.eval and self.predict_full_target_during_eval:
             n_target = self.total_tgt_pts - n_context  # type: ignore[operator]
         else:
-            n_target = integer(words[1], n_context, self.max_tgt_pts)
+            n_target = integer(words[1], max(n_context, 1), self.max_tgt_pts)
         return {"n_context": n_context, "n_target": n_target}  # type: ignore[dict-item]
 
     def describe(self) -> str:
@@ -99,7 +101,8 @@ class Metabatch(SizeLaw):
         elif self.eval and self.predict_full_target_during_eval:
             target = f"{self.total_tgt_pts} − n_context"
         else:
-            target = f"from n_context to {self.max_tgt_pts}"
+            least = "n_context" if self.min_pts else "n_context (or 1)"
+            target = f"from {least} to {self.max_tgt_pts}"
         return f"context {self.min_pts} to {self.max_ctx_pts} points, target {target}"
 
 
@@ -209,6 +212,15 @@ class WayShot(SizeLaw):
             low, high = getattr(self, name)
             words.append(f"{low if low == high else f'{low}–{high}'} {name}")
         return ", ".join(words)
+
+
+def extremes(law: SizeLaw) -> Iterator[dict[str, int]]:
+    """What a law draws from the smallest and the largest random words, in every combination.
+
+    These are its bounds, as laws draw more from more.
+    """
+    for words in itertools.product((0, 2**64 - 1), repeat=WORDS):
+        yield dict(law.draw(words))
 
 
 LAWS: dict[str, type[SizeLaw]] = {

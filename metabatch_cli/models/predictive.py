@@ -185,7 +185,7 @@ class LowRankNormal(Predictive):
 
     With n numbers (`n_target · dim_y`) and r columns of F, a density costs n·r² where a full
     covariance costs n³: determinant and inverse are those of an r × r matrix (Woodbury's
-    identity). Computed in float64.
+    identity), unless n is less than r. Computed in float64.
 
     Args:
         mean: `[tasks, n_target, dim_y]`.
@@ -223,13 +223,19 @@ class LowRankNormal(Predictive):
             sigma = sigma.masked_fill(~self.mask[..., None], 1)
         off = self._real(self._real(value).double() - self.loc) / sigma
         whitened = blank(self.factor / sigma[..., None], self.mask).flatten(1, 2)
-        off = off.flatten(-2)  # [..., tasks, n]
-        inner = torch.eye(whitened.shape[-1]).to(whitened) + whitened.mT @ whitened
-        root = torch.linalg.cholesky(inner)
-        explained = torch.linalg.solve_triangular(
-            root, (off[..., None, :] @ whitened).mT, upper=False
-        )
-        distance = off.square().sum(dim=-1) - explained.square().sum(dim=(-2, -1))
+        off = off.flatten(-2)[..., None]  # [..., tasks, n, 1]
+        n, rank = whitened.shape[1:]
+        if n <= rank:
+            root = torch.linalg.cholesky(torch.eye(n).to(whitened) + whitened @ whitened.mT)
+            parts = [torch.linalg.solve_triangular(root, off, upper=False)]
+        else:
+            root = torch.linalg.cholesky(torch.eye(rank).to(whitened) + whitened.mT @ whitened)
+            # what the factor explains, at its price, and what is left: no difference of squares,
+            # which would have no digits left where σ is small
+            half = torch.linalg.solve_triangular(root, whitened.mT @ off, upper=False)
+            explained = torch.linalg.solve_triangular(root.mT, half, upper=True)
+            parts = [explained, off - whitened @ explained]
+        distance = sum(part.square().sum(dim=(-2, -1)) for part in parts)
         volume = sigma.log().sum(dim=(1, 2)) + root.diagonal(dim1=1, dim2=2).log().sum(dim=1)
         counted = torch.ones_like(sigma) if self.mask is None else self.mask[..., None].to(sigma)
         n = counted.expand_as(sigma).sum(dim=(1, 2))

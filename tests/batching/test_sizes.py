@@ -20,6 +20,7 @@ from metabatch_cli.batching.sizes import (
     Rest,
     SizeLaw,
     WayShot,
+    extremes,
     make_law,
 )
 from metabatch_cli.batching.streams import Stream
@@ -45,7 +46,13 @@ def test_metabatch_draws_the_target_from_the_context_size_upwards(context, more,
     drawn = Metabatch(low, high, high + more, eval=held_out).draw(words)
     assert set(drawn) == {"n_context", "n_target"}
     assert low <= drawn["n_context"] <= high
-    assert drawn["n_context"] <= drawn["n_target"] <= high + more
+    assert max(1, drawn["n_context"]) <= drawn["n_target"] <= high + more
+
+
+def test_a_task_without_context_has_a_target_all_the_same():
+    sizes = {law["n_context"]: law["n_target"] for law in extremes(Metabatch(0, 2, 3))}
+    assert sizes[0] >= 1
+    assert {law["n_target"] for law in draws(Metabatch(0, 0, 3), 50)} == {1, 2, 3}
 
 
 @given(contexts, st.integers(1, 30), st.integers(1, 60), st.booleans(), word_lists)

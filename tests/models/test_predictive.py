@@ -358,3 +358,25 @@ def test_log_mean_exp_is_the_log_of_a_mean_without_overflow():
     values = torch.tensor([[1000.0, 1000.0], [-1000.0, -1000.0 + math.log(3)]])
     expected = torch.tensor([1000.0, -1000.0 + math.log(2)])
     torch.testing.assert_close(log_mean_exp(values, dim=1), expected)
+
+
+@pytest.mark.parametrize(("n", "rank"), [(6, 12), (6, 6), (12, 3)])
+@pytest.mark.parametrize("sigma", [0.1, 1e-3, 1e-5, 1e-9])
+def test_a_low_rank_density_keeps_its_digits_where_sigma_is_small(
+    n: int, rank: int, sigma: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(2, n, rank, generator=generator, dtype=torch.float64)
+    noise = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    y = factor.sum(dim=2) + sigma * noise
+    sigmas = torch.full((2, n, 1), sigma, dtype=torch.float64)
+    own = LowRankNormal(torch.zeros(2, n, 1), factor[:, :, None], sigmas)
+    own.dtype = torch.float64
+    # in the factor's space, where nothing is large: y has coordinates of its own, and a rest
+    q, r = torch.linalg.qr(factor, mode="complete")
+    inside, rest = (q.mT @ y[..., None])[..., 0].split([min(n, rank), n - min(n, rank)], dim=1)
+    r = r[:, : min(n, rank)]
+    covariance = r @ r.mT + sigma**2 * torch.eye(min(n, rank))
+    expected = MultivariateNormal(torch.zeros(min(n, rank)).double(), covariance).log_prob(inside)
+    expected += Normal(0, sigma).log_prob(rest).sum(dim=1)
+    torch.testing.assert_close(own.log_prob(y[..., None]), expected, rtol=1e-6, atol=1e-6)

@@ -35,6 +35,8 @@ seeds = st.integers(0, 2**63 - 1)
 
 def process(kernel: Kernel | None = None, **changes: object) -> GaussianProcess:
     sizes = {"min_pts": 3, "max_ctx_pts": 46, "total_tgt_pts": 49, "sizes": "rest"}
+    if changes.get("pool", 49) < 49:  # for tasks of sizes that `make` is told
+        sizes |= {"min_pts": 1, "max_ctx_pts": 2, "total_tgt_pts": 4}
     return GaussianProcess(kernel or RBF(**RANGES), **{**sizes, **changes})
 
 
@@ -265,11 +267,14 @@ def test_the_splits_of_a_finite_set_are_different_functions():
 
 
 def test_a_pool_that_is_too_small_is_named():
-    with pytest.raises(ValueError, match=r"pool=14 .* 15 points"):
+    with pytest.raises(ValueError, match=r"pool=48 .* context and .* target points: at least 49"):
+        process(n_tasks=5, pool=48, max_ctx_pts=46, total_tgt_pts=49, min_pts=3)
+    process(pool=48, max_ctx_pts=46, total_tgt_pts=49, min_pts=3)  # endless: it has no use for it
+    with pytest.raises(ValueError, match=r"pool=14 .* at least 15"):
         make(process(n_tasks=5, pool=14), range(5))
     taskset = process(n_tasks=5, pool=9, target_x_range=(2.0, 3.0))
     assert make(taskset, range(5)).target_x.shape == (5, 9, 1)
-    with pytest.raises(ValueError, match=r"pool=9 .* 10 points"):
+    with pytest.raises(ValueError, match=r"pool=9 .* at least 10"):
         make(taskset, range(5), n_target=10)
 
 

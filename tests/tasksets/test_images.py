@@ -131,6 +131,7 @@ def test_spec_and_length_come_from_the_images() -> None:
         ({"max_tgt_pts": 45}, ["20 context and 45 target", "64 pixels", "8 × 8"]),
         ({"total_tgt_pts": 65, "sizes": "rest"}, ["total_tgt_pts=65", "64 pixels"]),
         ({"max_ctx_pts": 70, "max_tgt_pts": 71}, ["64 pixels"]),
+        ({"max_ctx_pts": 5, "max_tgt_pts": 64}, ["context and 63 target"]),
         ({"sizes": "fixed", "max_ctx_pts": 1, "max_tgt_pts": 65}, ["65 target"]),
         ({"sizes": {"law": "way_shot", "ways": 2, "shots": 1, "queries": 1}}, ["ways"]),
         ({"split": "dev"}, ["dev", "train"]),

@@ -140,6 +140,12 @@ def test_every_component_keeps_its_own_sizes_unless_the_mixture_has_some():
         assert {reading.batch_at(step).context_x.shape for step in range(10)} == {(8, 4, 1)}
 
 
+def test_a_full_target_is_no_law_without_its_numbers():
+    sets = {"one": sine(), "other": sawtooth()}
+    with pytest.raises(ValueError, match="min_pts is missing"):
+        Mixture(sets, predict_full_target=True)
+
+
 # --- which task --------------------------------------------------------------------------------
 
 

@@ -317,3 +317,22 @@ def test_normalisation_is_measured_on_the_rows_of_the_training_groups_alone(tmp_
 def test_a_column_that_never_changes_has_a_deviation_of_one(tmp_path):
     path = save(tmp_path / "t.csv", {"who": list("aabbcc"), "x": [7] * 6, "y": list(range(6))})
     assert TableFile(path, "who", "x", "y").normalisation["x_std"] == [1.0]
+
+
+def test_numbers_that_rounding_would_make_equal_are_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
+    seconds = [1_700_000_000 + 86_400 * g + 5 * r for g in range(10) for r in range(4)]
+    columns = {
+        "g": [f"p{g}" for g in range(10) for _ in range(4)],
+        "unix": seconds,
+        "year": [2023.1 + g for g in range(10) for _ in range(4)],  # the same in a whole group
+        "y": [0.1 * r for _ in range(10) for r in range(4)],
+    }
+    path = save(tmp_path / "t.parquet", columns)
+    with pytest.raises(DataError, match=r"x='unix'.* 1700777615, .*time=unix and x=elapsed do"):
+        TableFile(path, "g", "unix", "y")
+    with pytest.raises(DataError, match=r"y='unix'.*what they have in common$"):
+        TableFile(path, "g", "year", "unix")
+    file = TableFile(path, "g", ["elapsed", "year"], "y", time="unix")
+    assert file.x[:4, 0].tolist() == [0, 5, 10, 15]
