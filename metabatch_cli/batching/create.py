@@ -132,7 +132,7 @@ class BatchMaker:
             for position, index in enumerate(spec.indices.tolist(), start=spec.first):
                 seed_global_generators(self._task_stream, spec.step, position)
                 tasks.append(self.taskset.__gettask__(index, n_context, n_target, **more))
-        return self.collate(tasks)
+            return self.collate(tasks)
 
 
 _BY_POSITION = ("n_context", "n_target")

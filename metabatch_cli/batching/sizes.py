@@ -189,7 +189,7 @@ class WayShot(SizeLaw):
     def __post_init__(self) -> None:
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1)):
             value = getattr(self, name)
-            bounds = (value, value) if isinstance(value, int) else tuple(value)
+            bounds = tuple(value) if isinstance(value, Sequence) else (value, value)
             if len(bounds) != 2 or not all(isinstance(bound, int) for bound in bounds):
                 raise ValueError(f"{name}={value!r} must be a number or a range [low, high]")
             at_least(name, bounds[0], least)
@@ -268,6 +268,11 @@ def make_law(sizes: str | Mapping[str, Any] | SizeLaw, arguments: Mapping[str, A
     for key in required:
         if fields.get(key) is None:
             raise ValueError(f"{key} is missing: the law {name!r} needs it")
+    for entry in dataclasses.fields(law):
+        value = fields.get(entry.name)
+        whole = entry.type in ("int", "int | None") and value is not None
+        if whole and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{entry.name}={value!r} must be a whole number")
     return law(**fields)
 
 

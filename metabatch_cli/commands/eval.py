@@ -115,13 +115,22 @@ def _evaluated(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         kept = {} if is_several(kept, plain["taskset"]) else kept
         plain["evaluation"]["test"] = {name: {**kept, **_below(plain["taskset"], list(changed))}}
     # as a training does: scores are the same to the bit
-    settle(int(check(plain).trainer.threads))
+    checked = check(plain)
+    if "evaluation.order" in typed and checked.evaluation.predict == "once":
+        raise ConfigError(
+            "evaluation.order",
+            "is of evaluation.predict=autoregressive only",
+            value=typed["evaluation.order"],
+        )
+    settle(int(checked.trainer.threads))
     run = load_run(directory, config=plain, weights=plain["trainer"]["test_on"])
     for name, instead in run.learner.when_tested.items():
-        if f"learner.{name}" in typed and plain["learner"].get(instead) is not None:
+        unheard = instead is None or plain["learner"].get(instead) is not None
+        if f"learner.{name}" in typed and unheard:
+            goes_by = f"; a test goes by learner.{instead}" if instead else ""
             raise ConfigError(
                 f"learner.{name}",
-                f"is about training; a test goes by learner.{instead}",
+                f"is about training{goes_by}",
                 value=typed[f"learner.{name}"],
             )
     evaluation = run.score()

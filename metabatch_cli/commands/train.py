@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+_there: set[Path] = set()
+"""Of the folders that a run may be in, those that were there before Hydra made the others."""
 
 
 def main(words: list[str]) -> None:
@@ -18,6 +23,10 @@ def main(words: list[str]) -> None:
 
     if {"-m", "--multirun"} & set(words):
         refuse_under_torchrun("--multirun")
+    typed = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
+    for name in (*typed, date.today().strftime("outputs/%Y-%m-%d")):
+        folder = Path(name.strip("'\"")).expanduser().absolute()
+        _there.update(place for place in (folder, *folder.parents) if place.exists())
     launch("train", __name__, "metabatch train", words=words)
 
 
@@ -38,10 +47,10 @@ def _alone(config: DictConfig, directory: Path, overrides: list[str]) -> dict[st
     try:
         return train(config, directory, overrides=overrides)
     finally:
-        # Hydra made it and the folders above; where nothing came of it, they shall not stay
+        # where nothing came of it, what Hydra made shall not stay
         with contextlib.suppress(OSError):
             for folder in (directory, *directory.parents):
-                if folder == Path.cwd():
+                if folder in _there:
                     break
                 folder.rmdir()
 

@@ -91,8 +91,13 @@ def build_taskset(
     """
     node = merged(config.taskset, overrides or {})
     node = {name: _of_split(part, split) for name, part in node.items()}
-    node.pop("split", None)
-    node.pop("eval", None)
+    if node.pop("split", None) not in (None, "train") or node.pop("eval", False):
+        raise ConfigError(
+            f"{key}.split",
+            "has no effect: training is on the tasks of 'train', validation on those of 'val', and "
+            "tests on those of 'test'",
+            allowed="train, or leave it out",
+        )
     taskset = build(key, node, split=split, eval=split != "train")
     if not isinstance(taskset, TaskSet):
         raise ConfigError(
@@ -139,13 +144,16 @@ def build_evaluation_loaders(config: Config, split: Split) -> dict[str, TaskLoad
     for name, overrides in test_sets(getattr(evaluation, split), config.taskset).items():
         key = f"evaluation.{split}" + (f".{name}" if name else "") if overrides else "taskset"
         taskset = build_taskset(config, split, overrides, key)
-        loaders[name] = TaskLoader(
-            taskset,
-            evaluation.batch_size,
-            shuffle=True,
-            device=config.loader.device,
-            seed=evaluation.seed,
-        )
+        try:
+            loaders[name] = TaskLoader(
+                taskset,
+                evaluation.batch_size,
+                shuffle=True,
+                device=config.loader.device,
+                seed=evaluation.seed,
+            )
+        except REFUSALS as error:
+            raise _refused("evaluation", str(error), vars(evaluation)) from error
     return loaders
 
 

@@ -270,7 +270,24 @@ def is_taskset(target: Any) -> bool:
     return inspect.isclass(target) and issubclass(target, TaskSet)
 
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a target, those too that it hands to its base as **kwargs: they may stay
+    away, since it may give them itself."""
+    found = _own_parameters(target)
+    for function in constructors(target)[1:]:
+        more = _own_parameters(function)
+        found = {name: p for name, p in found.items() if p.kind is not p.VAR_KEYWORD}
+        named = {name: p.replace(default=None) for name, p in more.items() if p.kind in _BY_NAME}
+        rest = {name: p for name, p in more.items() if p.kind is p.VAR_KEYWORD}
+        found = named | found | rest
+        found.pop("self", None)
+    return found
+
+
+def _own_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(target).parameters)
     except (TypeError, ValueError):  # some C types have none to show
@@ -286,7 +303,7 @@ def constructors(target: Any) -> list[Callable[..., Any]]:
         if own is object.__init__:
             break
         found.append(own)
-        if not any(p.kind is p.VAR_KEYWORD for p in _parameters(own).values()):
+        if not any(p.kind is p.VAR_KEYWORD for p in _own_parameters(own).values()):
             break
     return found
 

@@ -129,7 +129,8 @@ class TrainerConfig:
     """Seconds that processes wait for each other before the training fails."""
 
     monitor: str | None = None
-    """The validation metric that picks best.pt; null: the learner's own."""
+    """The validation metric that picks best.pt; null: the learner's own. Of another one, less is
+    better where its name has a word such as loss, error, mse, nll, crps; else more."""
 
     patience: Count | None = None
     """Validations without a better score after which training ends; null: no limit."""

@@ -20,6 +20,12 @@ from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.models.calibration import LEVELS
 
+LESS_IS_BETTER = frozenset(
+    {"loss", "error", "mse", "rmse", "nmse", "nrmse", "mae", "mape", "nll", "nlpd", "crps"}
+    | {"brier", "perplexity", "ece", "kl", "divergence", "distance", "regret"}
+)
+"""Words in the name of a score by which less of it is better; of all others, more."""
+
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 
 
@@ -29,9 +35,10 @@ class Evaluation:
 
     Attributes:
         metrics: by `SPLIT/METRIC[@QUALIFIERS]`: `mean` over tasks, `ci95` (a half-width; None
-            for a single task), `tasks`, `oracle` where the best possible score is known, and
-            `baselines`, the mean of each simple prediction by its name, where the task set has
-            some that are scored by the metric. (`mse@steps=1` has the baselines of `mse`.)
+            for a single task) and `ci95_over_batches` (see `summarise`), `tasks`, `oracle` where
+            the best possible score is known, and `baselines`, the mean of each simple prediction
+            by its name, where the task set has some that are scored by the metric.
+            (`mse@steps=1` has the baselines of `mse`.)
             `over_points` holds `mean`, `ci95`, `points` and `oracle` with every target point
             counting alike (see `over_points`). What the learner says about a metric, such as
             the `scoring` of a log-likelihood, stands beside.
@@ -98,7 +105,7 @@ def evaluate(
                 )
             for name, values in scores.own.items():
                 full = f"{split}/{qualified(name, qualifiers)}"
-                entry = summarise(values) | learner.about(name)
+                entry = summarise(values, scores.batches) | learner.about(name)
                 entry["over_points"] = over_points(values, scores.points, _power(name))
                 best = scores.oracle.get(_what_is_measured(name))
                 if best is not None:
@@ -124,16 +131,31 @@ def evaluate(
     return evaluation
 
 
-def summarise(values: Tensor) -> dict[str, Any]:
-    """Mean and 95% interval (half-width, normal) of one number for each task, `[tasks]`.
+def summarise(values: Tensor, batches: Tensor) -> dict[str, Any]:
+    """Mean and 95% intervals (half-widths, normal) of one number for each task.
 
-    Tasks count as drawn independently. Those of a batch share their sizes, though (and what else
-    a task set draws by the batch): the interval is about other tasks of the sizes of this
-    evaluation. Over other sizes too, where scores depend on them, means differ by more.
+    Tasks of a batch share their sizes, and what else a task set draws by the batch. `ci95` counts
+    tasks as drawn independently: it is about other tasks of the sizes of this evaluation. Over
+    other sizes too, where scores depend on them, means differ by more: `ci95_over_batches` counts
+    only batches as independent (the sandwich estimator for clusters, Liang & Zeger 1986).
+
+    Args:
+        values: `[tasks]`.
+        batches: the number of the batch that each is from, int64 `[tasks]`.
+
+    Returns:
+        `mean`, `ci95`, `ci95_over_batches` (None where there is only one) and `tasks`.
     """
-    count = len(values)
-    ci95 = Z95 * values.std().item() / math.sqrt(count) if count > 1 else None
-    return {"mean": values.mean().item(), "ci95": ci95, "tasks": count}
+    mean, count = values.mean(), len(values)
+    numbers, of_batch = batches.unique(return_inverse=True)
+    off = values - mean
+    together = off.new_zeros(len(numbers)).index_add_(0, of_batch, off)
+    return {
+        "mean": mean.item(),
+        "ci95": _half_width(off, count),
+        "ci95_over_batches": _half_width(together, count),
+        "tasks": count,
+    }
 
 
 def over_points(values: Tensor, points: Tensor, power: int = 1) -> dict[str, Any]:
@@ -152,15 +174,20 @@ def over_points(values: Tensor, points: Tensor, power: int = 1) -> dict[str, Any
     Returns:
         `mean`; `ci95`, a half-width, None for a single task; `points`, the targets of all tasks.
     """
-    count, total = len(values), points.sum()
+    total = points.sum()
     raised = values**power
     mean = (points * raised).sum() / total
-    ci95 = None
-    if count > 1:
-        squares = (points * (raised - mean)).square().sum() * count / (count - 1)
-        slope = 1 / (power * mean ** (1 - 1 / power)) if mean != 0 or power == 1 else 0.0
-        ci95 = float(Z95 * squares.sqrt() / total * slope)
+    slope = float(1 / (power * mean ** (1 - 1 / power))) if mean != 0 or power == 1 else 0.0
+    ci95 = _half_width(slope * points * (raised - mean), float(total))
     return {"mean": float(mean ** (1 / power)), "ci95": ci95, "points": int(total)}
+
+
+def _half_width(off: Tensor, total: float) -> float | None:
+    """Of a mean `Σ …/total`, from how far its independent parts are off, which sum to 0."""
+    count = len(off)
+    if count < 2:
+        return None
+    return float(Z95 * (off.square().sum() * count / (count - 1)).sqrt() / total)
 
 
 def is_beaten(oracle: Tensor, own: Tensor, metric: Metric) -> bool:
@@ -192,14 +219,15 @@ def qualified(name: str, qualifiers: str) -> str:
 class _Scores:
     """By metric, `[tasks]` each on the CPU: the learner's, the oracle's, each baseline's.
 
-    And of each task its `points`, targets; the `coverage [tasks, levels]` of central intervals
-    and the predicted `variance`, where they are asked for and known.
+    And of each task its `points`, targets; the number of its batch, int64; the `coverage [tasks,
+    levels]` of central intervals and the predicted `variance`, where they are asked for and known.
     """
 
     own: dict[str, Tensor]
     oracle: dict[str, Tensor]
     baselines: dict[str, dict[str, Tensor]]
     points: Tensor
+    batches: Tensor
     coverage: Tensor | None = None
     variance: Tensor | None = None
 
@@ -255,6 +283,7 @@ def _score_batch(
         oracle=kept(best),
         baselines={name: kept(found) for name, found in baselines.items()},
         points=points.double()[judged],
+        batches=torch.zeros(count, dtype=torch.int64)[judged],
     )
     if calibration is not None:
         scores.coverage, scores.variance = (part.cpu().double()[judged] for part in calibration)
@@ -280,6 +309,7 @@ def _joined(parts: Sequence[_Scores]) -> _Scores:
             name: together([part.baselines.get(name, {}) for part in parts]) for name in baselines
         },
         points=torch.cat([part.points for part in parts]),
+        batches=torch.cat([part.batches + number for number, part in enumerate(parts)]),
     )
     if calibrated and len(scores.points):
         scores.coverage = torch.cat([part.coverage for part in calibrated])  # type: ignore[misc]
@@ -335,12 +365,16 @@ def _impossible(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def monitored(metric: Metric, monitor: str | None) -> Metric:
-    """The metric that picks the best checkpoint: the learner's own, or the one asked for."""
+    """The metric that picks the best checkpoint: the learner's own, or the one asked for.
+
+    Of another one than the learner's own, less is better if its name has one of the words
+    `LESS_IS_BETTER`, such as `calibration_error`.
+    """
     name = metric.name if monitor is None else monitor.removeprefix("val/")
-    if name.partition("@")[0] == metric.name.partition("@")[0]:
+    base = name.partition("@")[0]
+    if base == metric.name.partition("@")[0]:
         return Metric(name, metric.higher_is_better)
-    lower = ("loss", "mse", "rmse", "error")  # of what is not known better, more is better
-    return Metric(name, not name.partition("@")[0].endswith(lower))
+    return Metric(name, LESS_IS_BETTER.isdisjoint(base.lower().split("_")))
 
 
 def _parts(name: str) -> tuple[str, set[str]]:

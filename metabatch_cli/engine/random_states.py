@@ -11,22 +11,29 @@ import numpy as np
 import torch
 
 from metabatch_cli.batching.streams import Stream
-from metabatch_cli.config.errors import UserError
 
 
-def random_states() -> dict[str, Any]:
-    """The states of all global generators: `random`, `numpy.random`, torch on CPU and CUDA."""
+def random_states(device: torch.device | None = None) -> dict[str, Any]:
+    """The states of all global generators: `random`, `numpy.random`, torch on CPU and CUDA.
+
+    Args:
+        device: of all GPUs this one only, which another may take the place of; none for a CPU.
+    """
+    if device is not None:
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    else:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy_state: Any = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": _plain(numpy_state["state"])},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": cuda,
     }
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Set all global generators to states of `random_states`."""
+def restore_random_states(states: dict[str, Any], device: torch.device | None = None) -> None:
+    """Set all global generators to states of `random_states`, of a device if one is given."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     numpy_state = dict(states["numpy"])
@@ -36,13 +43,13 @@ def restore_random_states(states: dict[str, Any]) -> None:
     }
     np.random.set_state(numpy_state)
     torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) > torch.cuda.device_count():
-        raise UserError(
-            f"the random states of {len(states['cuda'])} GPUs cannot be restored on "
-            f"{torch.cuda.device_count()}: the run would not go on as it was"
-        )
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    cuda = [state.cpu() for state in states["cuda"]]
+    if device is None:
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+    elif device.type == "cuda" and cuda:
+        # older checkpoints have those of all GPUs there were
+        torch.cuda.set_rng_state(cuda[min(device.index or 0, len(cuda) - 1)], device)
 
 
 @contextmanager

@@ -82,6 +82,12 @@ def _lead(
     """The training as rank zero."""
     run = RunDirectory(directory or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S-%f"))
     fresh = bool(OmegaConf.select(composed, "fresh"))
+    if run.last_checkpoint.exists() and not run.holds_run:
+        raise UserError(
+            f"{run.path}: holds checkpoints/{run.last_checkpoint.name}, but no config.yaml that "
+            "says what it is of: take it away, or train elsewhere, with trainer.init_from="
+            f"{run.last_checkpoint} to begin with its weights"
+        )
     saved = run.read_config() if run.holds_run and not fresh else None
     plain = choices.resolve(composed, saved)
     plain["fresh"] = False

@@ -9,7 +9,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,24 +131,28 @@ class RunDirectory:
         return result
 
     def clear(self) -> None:
-        """Delete what a run wrote here, and nothing else."""
+        """Delete the run that is here, and nothing else; without a run here, nothing."""
+        if not self.holds_run:
+            return
+        for name in ("tensorboard", "mlflow", "wandb"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for file in (
-            self.config_file,
+            self.last_checkpoint,
+            self.best_checkpoint,
+            *self.figures.glob("*.png"),
+            *self.evaluations.glob("*.json"),
             self.overrides_file,
-            *self.path.glob("metrics.*"),
+            self.metrics_file,
+            self.metrics_file.with_suffix(".csv"),
             self.result_file,
             self.log_file,
             self.profile_file,
+            self.config_file,  # the last: what is left by a kill is still a run
         ):
             file.unlink(missing_ok=True)
-        written_by_loggers = [self.path / name for name in ("tensorboard", "mlflow", "wandb")]
-        for folder in (
-            self.last_checkpoint.parent,
-            self.figures,
-            self.evaluations,
-            *written_by_loggers,
-        ):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.last_checkpoint.parent, self.figures, self.evaluations):
+            with suppress(OSError):  # it is not there, or has something else in it
+                folder.rmdir()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

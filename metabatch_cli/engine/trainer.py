@@ -114,9 +114,10 @@ class Trainer:
                 if self.due(self.config.checkpoint_every):
                     self.save()
                 profiler.step()
-            if not self.stopped_by and self._validated_at != self.step:
+            unvalidated = not self.stopped_by and self._validated_at != self.step
+            if unvalidated:
                 self.validate()
-            if self._saved_at != self.step:
+            if unvalidated or self._saved_at != self.step:
                 self.save()
 
     def batches(self) -> Iterator[Any]:
@@ -322,7 +323,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All of a checkpoint."""
-        own, *others = self.ranks.gather(random_states.random_states())
+        own, *others = self.ranks.gather(random_states.random_states(self.device))
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -385,9 +386,9 @@ class Trainer:
         """Set the global generators; of a rank that is new here, to numbers of its own."""
         rank = self.ranks.rank
         if self.ranks.leads:
-            random_states.restore_random_states(of_leader)
+            random_states.restore_random_states(of_leader, self.device)
         elif rank <= len(others):
-            random_states.restore_random_states(others[rank - 1])
+            random_states.restore_random_states(others[rank - 1], self.device)
         else:
             random_states.seed_everything(self.loader.seed, f"rank {rank}", self.step)
 

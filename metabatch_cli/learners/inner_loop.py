@@ -80,7 +80,7 @@ class GradientBased(Learner):
     """
 
     has_spread = False
-    when_tested: ClassVar = {"inner_steps": "eval_steps"}
+    when_tested: ClassVar = {"inner_steps": "eval_steps", "first_order": None}
 
     def __init__(
         self,

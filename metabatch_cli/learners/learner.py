@@ -50,8 +50,9 @@ class Learner(nn.Module):
     only_classifies = False
     """Whether tasks have to be of classes."""
 
-    when_tested: ClassVar[Mapping[str, str]] = {}
-    """Arguments that say something of training only, and those that say it of tests instead."""
+    when_tested: ClassVar[Mapping[str, str | None]] = {}
+    """Arguments that say something of training only, and those that say it of tests instead, or
+    None."""
 
     copies = 1
     """How many copies of a context `predict` computes with at a time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt
@@ -35,6 +35,10 @@ class MAMLPlusPlus(GradientBased):
     """
 
     importance: Tensor
+    when_tested: ClassVar = {
+        "inner_steps": "eval_steps",
+        **dict.fromkeys(("epoch", "multi_step_epochs", "first_order_epochs")),
+    }
 
     def __init__(
         self,

@@ -55,7 +55,10 @@ class NeuralProcess(Learner):
         ValueError: a name that is none of those above, or an objective that the model cannot have.
     """
 
-    when_tested: ClassVar = {"samples": "eval_samples"}
+    when_tested: ClassVar = {
+        "samples": "eval_samples",
+        **dict.fromkeys(("objective", "loss_on", "loss_per")),
+    }
 
     def __init__(
         self,

@@ -224,9 +224,9 @@ class LowRankNormal(Predictive):
         off = self._real(self._real(value).double() - self.loc) / sigma
         whitened = blank(self.factor / sigma[..., None], self.mask).flatten(1, 2)
         off = off.flatten(-2)[..., None]  # [..., tasks, n, 1]
-        n, rank = whitened.shape[1:]
-        if n <= rank:
-            root = torch.linalg.cholesky(torch.eye(n).to(whitened) + whitened @ whitened.mT)
+        count, rank = whitened.shape[1:]
+        if count <= rank:
+            root = torch.linalg.cholesky(torch.eye(count).to(whitened) + whitened @ whitened.mT)
             parts = [torch.linalg.solve_triangular(root, off, upper=False)]
         else:
             root = torch.linalg.cholesky(torch.eye(rank).to(whitened) + whitened.mT @ whitened)
@@ -235,7 +235,7 @@ class LowRankNormal(Predictive):
             half = torch.linalg.solve_triangular(root, whitened.mT @ off, upper=False)
             explained = torch.linalg.solve_triangular(root.mT, half, upper=True)
             parts = [explained, off - whitened @ explained]
-        distance = sum(part.square().sum(dim=(-2, -1)) for part in parts)
+        distance = torch.cat(parts, dim=-2).square().sum(dim=(-2, -1))
         volume = sigma.log().sum(dim=(1, 2)) + root.diagonal(dim1=1, dim2=2).log().sum(dim=1)
         counted = torch.ones_like(sigma) if self.mask is None else self.mask[..., None].to(sigma)
         n = counted.expand_as(sigma).sum(dim=(1, 2))

@@ -20,6 +20,7 @@ from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import ConfigError
 from metabatch_cli.engine import random_states
 from metabatch_cli.engine.evaluator import (
+    Z95,
     Evaluation,
     evaluate,
     is_beaten,
@@ -67,15 +68,45 @@ def evaluated(learner, loaders, n_tasks: int = 10) -> Evaluation:
 
 @given(scores)
 def test_means_and_intervals_are_those_of_the_textbook(values):
-    entry = summarise(torch.tensor(values, dtype=torch.float64))
+    entry = summarise(torch.tensor(values, dtype=torch.float64), torch.arange(len(values)))
     assert entry["mean"] == pytest.approx(statistics.fmean(values), abs=1e-9)
     half = 1.959963984540054 * statistics.stdev(values) / math.sqrt(len(values))
     assert entry["ci95"] == pytest.approx(half, abs=1e-7)
+    assert entry["ci95_over_batches"] == pytest.approx(half, abs=1e-7)  # each of its own
     assert entry["tasks"] == len(values)
 
 
 def test_a_single_task_has_no_interval():
-    assert summarise(torch.tensor([3.0])) == {"mean": 3.0, "ci95": None, "tasks": 1}
+    entry = summarise(torch.tensor([3.0]), torch.tensor([0]))
+    assert entry == {"mean": 3.0, "ci95": None, "ci95_over_batches": None, "tasks": 1}
+
+
+def test_a_single_batch_has_no_interval_over_batches():
+    entry = summarise(torch.tensor([3.0, 5.0]), torch.tensor([7, 7]))
+    assert entry["ci95"] > 0
+    assert entry["ci95_over_batches"] is None
+
+
+def test_intervals_over_batches_cover_the_mean_where_batches_have_something_in_common():
+    generator, over_tasks, over_batches = torch.Generator().manual_seed(0), 0, 0
+    batches = torch.arange(100).repeat_interleave(8)[:-3]  # the last one is cut off
+    for _ in range(1000):
+        common = torch.randn(100, generator=generator, dtype=torch.float64)
+        own = torch.randn(len(batches), generator=generator, dtype=torch.float64)
+        entry = summarise(common[batches] + own, batches)
+        over_tasks += abs(entry["mean"]) <= entry["ci95"]
+        over_batches += abs(entry["mean"]) <= entry["ci95_over_batches"]
+    assert 920 <= over_batches <= 975
+    assert over_tasks < 800
+
+
+def test_scores_know_which_batch_they_are_of():
+    sets = {"": loader(batch_size=4)}
+    one, two = (evaluated(network(), sets, n_tasks=n).metrics["test/mse"] for n in (4, 8))
+    assert one["ci95_over_batches"] is None
+    # the mean of two batches' means, as far from the one as from the other
+    half = Z95 * abs(one["mean"] - two["mean"])
+    assert two["ci95_over_batches"] == pytest.approx(half)
 
 
 @given(words, steps, qualifiers)
@@ -149,6 +180,11 @@ def test_a_metric_that_is_not_there_is_none():
         ("rmse", "rmse", False),
         ("log_likelihood", "log_likelihood", True),
         ("recall@k=5", "recall@k=5", True),
+        ("calibration_error", "calibration_error", False),
+        ("error_rate@shots=1", "error_rate@shots=1", False),
+        ("NLL", "NLL", False),
+        ("crps", "crps", False),
+        ("terror", "terror", True),
     ],
 )
 def test_which_end_of_a_metric_is_its_best(monitor, name, higher):
@@ -344,7 +380,8 @@ def test_over_points_is_the_mean_over_all_points(pairs):
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=50), st.integers(1, 9))
 def test_where_tasks_are_of_one_size_tasks_and_points_count_the_same(values, size):
     values = torch.tensor(values, dtype=torch.float64)
-    entry, points = summarise(values), over_points(values, torch.full_like(values, size))
+    entry = summarise(values, torch.arange(len(values)))
+    points = over_points(values, torch.full_like(values, size))
     assert points["mean"] == pytest.approx(entry["mean"], abs=1e-9)
     assert points["ci95"] == pytest.approx(entry["ci95"], abs=1e-7)
 

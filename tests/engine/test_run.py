@@ -17,6 +17,7 @@ from metabatch_cli.engine import random_states
 from metabatch_cli.engine.load import load_run
 from metabatch_cli.engine.run import train
 from metabatch_cli.engine.run_directory import RunDirectory
+from metabatch_cli.engine.trainer import Trainer
 from metabatch_cli.learners.learner import Learner
 from metabatch_cli.learners.neural_process import NeuralProcess
 from tasksets.functions import Functions
@@ -89,7 +90,8 @@ def test_the_result_has_the_entries_of_the_contract(completed):
     assert found["error"] is None
     assert set(found["metrics"]) == {f"test/{name}" for name in METRICS}
     for name, entry in found["metrics"].items():
-        assert set(entry) - {"scoring"} == {"mean", "ci95", "tasks", "over_points"}
+        of_tasks = set() if "calibration" in name or "sharpness" in name else {"ci95_over_batches"}
+        assert set(entry) - {"scoring"} == {"mean", "ci95", "tasks", "over_points"} | of_tasks
         assert set(entry["over_points"]) == {"mean", "ci95", "points"}
         assert math.isfinite(entry["mean"])
         # no mean over tasks, no interval
@@ -309,6 +311,35 @@ def test_fresh_starts_anew_and_leaves_what_is_not_the_runs(own):
     config = yaml.safe_load((own / "config.yaml").read_text())
     assert config["fresh"] is False  # so that it can be resumed
     run(own, "seed=1", "trainer.max_steps=5")
+
+
+@pytest.mark.parametrize("more", [[], ["fresh=true"]])
+def test_a_checkpoint_that_nobody_knows_the_training_of_is_neither_resumed_nor_lost(own, more):
+    (own / "config.yaml").unlink()
+    before = fingerprint(own)
+    with pytest.raises(UserError, match=r"holds checkpoints/last.pt, but no config.yaml"):
+        run(own, "optimizer.lr=0.5", "trainer.max_steps=12", *more)
+    assert fingerprint(own) == before
+
+
+def test_fresh_touches_nothing_where_there_is_no_run(tmp_path):
+    mine = [tmp_path / name for name in ("figures/a.png", "wandb/x", "metrics.csv")]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    run(tmp_path, "fresh=true")
+    assert [file.read_text() for file in mine] == ["mine"] * 3
+
+
+def test_the_score_of_a_run_that_time_ended_is_saved_too(tmp_path):
+    changes = ["trainer.checkpoint_every=1", "trainer.eval_every=7", "trainer.max_steps=100"]
+    with pytest.MonkeyPatch.context() as patch:
+        ended = Trainer.finished
+        patch.setattr(Trainer, "finished", lambda self: ended(self) or self.step == 2)
+        run(tmp_path, *changes)
+    assert result(tmp_path)["monitor"]["best"] is not None
+    assert state(tmp_path)["best"] == result(tmp_path)["monitor"]["best"]
+    assert state(tmp_path)["validated_at"] == 2
 
 
 def test_a_directory_in_use_is_refused_and_nothing_in_it_is_touched(own):

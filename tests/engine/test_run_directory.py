@@ -193,7 +193,11 @@ def full_of_a_run(path: Path) -> RunDirectory:
 
 def test_clearing_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     run = full_of_a_run(tmp_path)
-    mine = [tmp_path / "notes.txt", tmp_path / "data" / "x.csv", tmp_path / "config.yaml.bak"]
+    mine = [
+        tmp_path / name
+        for name in ("notes.txt", "data/x.csv", "config.yaml.bak", "metrics.txt", "figures/own.pdf")
+    ]
+    mine += [tmp_path / "checkpoints" / "other.ckpt", tmp_path / "evaluations" / "mine.csv"]
     for file in mine:
         write_text(file, "mine")
     run.clear()
@@ -210,8 +214,22 @@ def test_clearing_deletes_what_further_loggers_wrote(tmp_path, file):
     assert not (tmp_path / file).exists()
 
 
-def test_clearing_a_directory_without_a_run_is_no_error(tmp_path):
+def test_clearing_a_directory_without_a_run_does_nothing(tmp_path):
     RunDirectory(tmp_path / "nowhere").clear()
+    run = full_of_a_run(tmp_path)
+    run.config_file.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    run.clear()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_kill_leaves_of_clearing_is_still_a_run(tmp_path, monkeypatch):
+    run = full_of_a_run(tmp_path)
+    deleted = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda f, **kw: deleted.append(f) or unlink(f, **kw))
+    run.clear()
+    assert deleted[-1] == run.config_file
 
 
 def test_configuration_and_what_was_typed_are_read_back(tmp_path):
