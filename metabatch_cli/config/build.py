@@ -91,7 +91,8 @@ def build_taskset(
     """
     node = merged(config.taskset, overrides or {})
     node = {name: _of_split(part, split) for name, part in node.items()}
-    if node.pop("split", None) not in (None, "train") or node.pop("eval", False):
+    wrong = node.pop("split", None) not in (None, "train") or node.pop("eval", False)
+    if wrong or not {"split", "eval"}.isdisjoint(overrides or {}):
         raise ConfigError(
             f"{key}.split",
             "has no effect: training is on the tasks of 'train', validation on those of 'val', and "

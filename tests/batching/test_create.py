@@ -229,6 +229,15 @@ def test_collate_gets_the_list_of_tasks_in_order():
     assert torch.equal(stacked["torch"], torch.stack([task["torch"] for task in tasks]))
 
 
+def test_a_collate_function_that_draws_draws_the_same_and_leaves_the_program_its_numbers():
+    taskset = Draws()
+    spec = specs(taskset, 1)[0]
+    before = torch.get_rng_state()
+    drawn = [maker(taskset, collate=lambda tasks: torch.rand(3))(spec) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Threads(Example):
     def __gettask__(self, index, n_context, n_target):
         return torch.get_num_threads()

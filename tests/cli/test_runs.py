@@ -175,8 +175,10 @@ def test_a_run_that_is_older_than_a_key_of_evaluation_can_be_scored_by_it(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "word", ["taskset.max_ctx_pts=0", "taskset.nois=1", "trainer.threads=0", "trainer.threads=a"]
-)
+    "word",
+    ["taskset.max_ctx_pts=0", "taskset.nois=1", "taskset.split=val", "trainer.threads=0",
+     "trainer.threads=a"],
+)  # fmt: skip
 def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
     before = examples.fingerprint(trained)
     done = metabatch("eval", "run=run", word, cwd=trained, code=1)
@@ -194,6 +196,10 @@ def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
         ("trainer={max_steps:5}", "a run is scored as it was trained"),
         ("evaluation.figures=false", "has no part in a score"),
         ("learner.samples=5", "a test goes by learner.eval_samples"),
+        ("learner.objective=likelihood", "is about training"),
+        ("learner.loss_on=context+target", "is about training"),
+        ("learner.loss_per=task", "is about training"),
+        ("evaluation.order=random", "is of evaluation.predict=autoregressive only"),
     ],
 )
 def test_what_is_about_training_is_no_part_of_scoring(trained, word, said):
@@ -202,6 +208,15 @@ def test_what_is_about_training_is_no_part_of_scoring(trained, word, said):
     assert f"{word}: " in only_message(done)
     assert said in only_message(done)
     assert examples.fingerprint(trained) == before
+
+
+def test_a_training_that_fails_at_once_takes_away_only_the_folders_that_it_made(tmp_path):
+    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    for directory in ("mine/empty", "mine/new/run", f"'{tmp_path}/mine/other'", "new/run"):
+        words = ["loader.batch_size=6", "loader.shards=4", f"hydra.run.dir={directory}"]
+        only_message(metabatch("train", *TINY, *words, cwd=tmp_path, code=1))
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+        assert left == {"mine", "mine/empty"}
 
 
 def test_an_unknown_key_of_a_run_is_named_with_the_nearest(trained):

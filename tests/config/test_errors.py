@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from metabatch_cli.config.check import check
 from metabatch_cli.config.choices import resolve
 from metabatch_cli.config.compose import compose
 from metabatch_cli.config.errors import ConfigError, UserError, explain, nearest, readable
+from metabatch_cli.engine.parts import Parts
 
 EXPERIMENT = "+experiment=cnp_sine"
 names = st.text(string.ascii_lowercase + "_", min_size=4, max_size=12)
@@ -27,6 +29,13 @@ def said(*words: str, user_dir: object = None) -> str:
     assert "Traceback" not in text
     assert len(text.splitlines()) <= 4
     return text
+
+
+def building(*words: str) -> str:
+    """What is said when what these words declare is built; it must be a mistake."""
+    with pytest.raises(UserError) as caught:
+        Parts(check(resolve(compose(*words)))).build()
+    return str(caught.value)
 
 
 # --- messages --------------------------------------------------------------------------------
@@ -156,6 +165,41 @@ def test_an_interpolation_that_leads_nowhere_is_named(word):
 def test_an_argument_of_another_learner_is_named_rather_than_what_it_leads_to():
     text = said("+experiment=maml_omniglot", "learner=r2d2")
     assert text.startswith("learner.inner_lr: R2D2 has no such argument")
+
+
+@pytest.mark.parametrize("learner", ["anil_sine", "maml_sine"])
+def test_an_argument_that_a_learner_hands_to_its_base_is_known_by_name_too(learner):
+    text = building(f"+experiment={learner}", "+learner.inner_lrr=0.1")
+    assert text.startswith("learner.inner_lrr: ")
+    assert "did you mean 'inner_lr'?" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "begins"),
+    [
+        ("taskset.sizes={law: fixed, max_ctx_pts: 10.5}", "max_ctx_pts=10.5 must be a whole"),
+        (
+            "taskset.sizes={law: rest, max_ctx_pts: ten, total_tgt_pts: 9}",
+            "max_ctx_pts='ten' must",
+        ),
+        ("taskset.sizes={law: way_shot, ways: 2.5, shots: 1, queries: 1}", "ways=2.5 must be a nu"),
+    ],
+)
+def test_fields_of_a_law_are_checked_too(word, begins):
+    assert begins in building(EXPERIMENT, word)
+
+
+def test_a_batch_of_an_evaluation_that_is_too_large_is_named_by_its_key():
+    words = ["taskset=mixture", "model=cnp", "learner=neural_process", "loader.batch_size=8"]
+    words += [f"taskset.tasksets.{name}.n_tasks=12" for name in ("sine", "sawtooth")]
+    assert building(*words).startswith("evaluation.batch_size=16 is larger than")
+
+
+@pytest.mark.parametrize(
+    "word", ["taskset.split=val", "+taskset.eval=true", "+evaluation.val.split=train"]
+)
+def test_a_split_that_would_be_ignored_is_refused(word):
+    assert ".split: has no effect" in building(EXPERIMENT, word)
 
 
 def test_a_mandatory_value_that_is_missing_is_named():
