@@ -240,13 +240,14 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
     ]
     if trainer.compile or decided:
         decided.append("compiled" if trainer.compile else "not compiled")
+    of_learner = f" ({parts.learner.note})" if parts.learner.note else ""
     limit = f", at most {clock(trainer.max_time)}" if trainer.max_time else ""
     return [
         ("task set", f"{kind}{drawn_from}, {count}{note}"),
         ("sizes", plan.law.describe() + (", or fewer" if parts.taskset.ragged else "")),
         ("loader", f"{plan.batch_size} tasks a batch{shared}, {made}"),
         ("model", f"{model}, {parameters:,} parameters"),
-        ("learner", ", ".join([type(parts.learner).__name__, *decided])),
+        ("learner", ", ".join([type(parts.learner).__name__, *decided]) + of_learner),
         ("optimizer", f"{optimizer}, lr {config.optimizer.get('lr', 'default')}, {schedule}"),
         ("trainer", f"{trainer.max_steps:,} steps{limit}, precision {trainer.precision}"),
         ("device", f"{parts.device}, {trainer.threads} thread{'s' * (int(trainer.threads) > 1)}"),

@@ -54,6 +54,9 @@ class Learner(nn.Module):
     """Arguments that say something of training only, and those that say it of tests instead, or
     None."""
 
+    note = ""
+    """What whoever starts a training should know of it."""
+
     copies = 1
     """How many copies of a context `predict` computes with at a time."""
 

@@ -37,7 +37,8 @@ class NeuralProcess(Learner):
             joint `Predictive`. Where its `forward` names them it is also given `context_mask`
             and `target_mask`, bool `[tasks, points]`, True where a point is real (padded tasks
             bring them; a model without `context_mask` learns from tasks of a common size only),
-            and `samples`, how many a latent variable or a bootstrap shall have.
+            and `samples`, how many a latent variable or a bootstrap shall have. By a true `joint`
+            it says that only a joint likelihood teaches it what targets have in common.
         objective: what is minimised; `likelihood` of the prediction, or for a model with a latent
             variable `elbo` or `iwae`, for one that resamples its context `bootstrap` (see
             learners/objectives.py).
@@ -88,6 +89,14 @@ class NeuralProcess(Learner):
     def metric(self) -> Metric:
         name = "log_likelihood" if self.scoring == "marginal" else JOINT
         return Metric(name, higher_is_better=True)
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """That a network that predicts targets together is trained by each of them alone."""
+        if not getattr(self.model, "joint", False) or self.loss is objectives.joint_likelihood:
+            return ""
+        kind = type(self.model).__name__
+        return f"each target by itself: scoring=joint would train what {kind} says of all together"
 
     @property
     def copies(self) -> int:  # type: ignore[override]

@@ -39,6 +39,8 @@ class GNP(nn.Module):
         min_sigma, sigma: of the noise, as for `CNP`.
     """
 
+    joint = True  # what targets have in common is learnt from a joint likelihood only
+
     def __init__(
         self,
         dim_x: Annotated[int, Ge(1)],

@@ -180,6 +180,8 @@ class TNPA(TNPD):
     after it to see, and without, to be predicted.
     """
 
+    joint = True  # what targets have in common is learnt from a joint likelihood only
+
     def forward(  # type: ignore[override]
         self,
         context_x: Tensor,
@@ -223,6 +225,8 @@ class TNPND(nn.Module):
             covariance: the prediction then depends on the order of the targets.
         min_sigma: the least deviation of a target's own; added to the diagonal of the root.
     """
+
+    joint = True  # what targets have in common is learnt from a joint likelihood only
 
     def __init__(
         self,

@@ -10,6 +10,9 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 from metabatch_cli.learners.neural_process import NeuralProcess
+from metabatch_cli.models.gnp import GNP
+from metabatch_cli.models.np import NP
+from metabatch_cli.models.tnp import TNPA, TNPND
 from tests.learners.examples import regression
 
 
@@ -64,3 +67,17 @@ def test_what_is_no_distribution_is_named():
 class Tensorial(Plain):
     def forward(self, *points):
         return super().forward(*points).mean
+
+
+@pytest.mark.parametrize("model", [GNP, TNPA, TNPND])
+def test_a_joint_network_that_is_trained_by_its_marginals_is_pointed_out(model):
+    network = model(dim_x=1, dim_y=1)
+    note = NeuralProcess(network).note
+    assert "scoring=joint" in note
+    assert model.__name__ in note
+    assert NeuralProcess(network, scoring="joint").note == ""
+
+
+def test_a_network_of_marginals_is_not():
+    assert NeuralProcess(Flat()).note == ""
+    assert NeuralProcess(NP(dim_x=1, dim_y=1), objective="iwae").note == ""
