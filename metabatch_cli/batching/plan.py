@@ -176,9 +176,10 @@ class Plan:
     def _keep_orders(self) -> None:
         self._pass_order = lru_cache(maxsize=4)(self._draw_pass_order)
         self._joined_order = lru_cache(maxsize=4)(self._join_pass_order)
+        self._joined_last = 0, np.arange(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_pass_order", "_joined_order")  # every process keeps its own
+        kept = ("_pass_order", "_joined_order", "_joined_last")  # every process keeps its own
         return {name: value for name, value in vars(self).items() if name not in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -253,6 +254,9 @@ class Plan:
         cycle = size // math.gcd(size, total)
         start = number - number % cycle if total < 2 * size else max(number - 1, 0)
         before = self._pass_order(start)
+        last, of_last = self._joined_last  # from which one goes on, step after step
+        if start < last < number:
+            start, before = last, of_last
         for later in range(start + 1, number + 1):
             order = self._pass_order(later)
             taken = later * total % size  # tasks of the first batch that the pass before gave
@@ -262,4 +266,5 @@ class Plan:
                 rest = np.setdiff1d(np.arange(total), first, assume_unique=True)
                 order = np.concatenate([order[first], order[rest]])
             before = order
+        self._joined_last = number, before
         return before
