@@ -110,11 +110,12 @@ class Episodes(TaskSet):
             )
         smallest, needed = int(self._sizes.argmin()), most_shots + most_queries
         if needed > self._sizes[smallest]:
+            splits_classes = getattr(dataset, "split_by", None) == "class"
             way_out = f"; dataset.min_images={needed} leaves such classes out"
             raise ValueError(
                 f"shots={most_shots} and queries={most_queries} are {needed} images of a class, "
                 f"but class {self.images.class_names[smallest]!r} of the split {self.split!r} has "
-                f"{self._sizes[smallest]}{way_out if hasattr(dataset, 'min_images') else ''}"
+                f"{self._sizes[smallest]}{way_out if splits_classes else ''}"
             )
         if turn is not None:
             self._check_turns(turn)

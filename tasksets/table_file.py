@@ -177,10 +177,12 @@ class TableFile:
 
 def _lost(exact: np.ndarray, rounded: np.ndarray, group_of: np.ndarray) -> bool:
     """Whether rounding moves numbers, `[rows]` group by group, by a hundredth of what rows of a
-    group differ by."""
-    first = exact[np.searchsorted(group_of, group_of)]  # of the row's group
-    apart = np.abs(exact - first).mean() if len(exact) else 0.0
-    return bool(apart and np.abs(rounded - exact).max() > 0.01 * apart)
+    group differ by, where they do."""
+    if not len(exact):
+        return False
+    apart = np.abs(exact - exact[np.searchsorted(group_of, group_of)])  # from the group's first
+    apart = apart[apart > 1e-12 * np.abs(exact).max()]
+    return bool(len(apart)) and bool(np.abs(rounded - exact).max() > 0.01 * apart.mean())
 
 
 def _in_order(

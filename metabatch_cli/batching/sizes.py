@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from metabatch_cli.batching.arguments import at_least, choose_from
@@ -54,8 +55,8 @@ class Metabatch(SizeLaw):
 
     `n_context ~ U{min_pts … max_ctx_pts}`; `n_target` is `total_tgt_pts` with
     `predict_full_target`, `total_tgt_pts − n_context` with `eval` and
-    `predict_full_target_during_eval`, else `~ U{n_context … max_tgt_pts}`, of at least 1 (in
-    the original a task of no context may have no target either).
+    `predict_full_target_during_eval`, else `~ U{n_context … max_tgt_pts}`, and 1 for 0 (in the
+    original a task of no context may have no target either).
     """
 
     min_pts: int
@@ -92,7 +93,7 @@ class Metabatch(SizeLaw):
         elif self.eval and self.predict_full_target_during_eval:
             n_target = self.total_tgt_pts - n_context  # type: ignore[operator]
         else:
-            n_target = integer(words[1], max(n_context, 1), self.max_tgt_pts)
+            n_target = max(1, integer(words[1], n_context, self.max_tgt_pts))
         return {"n_context": n_context, "n_target": n_target}  # type: ignore[dict-item]
 
     def describe(self) -> str:
@@ -271,7 +272,7 @@ def make_law(sizes: str | Mapping[str, Any] | SizeLaw, arguments: Mapping[str, A
     for entry in dataclasses.fields(law):
         value = fields.get(entry.name)
         whole = entry.type in ("int", "int | None") and value is not None
-        if whole and (not isinstance(value, int) or isinstance(value, bool)):
+        if whole and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise ValueError(f"{entry.name}={value!r} must be a whole number")
     return law(**fields)
 

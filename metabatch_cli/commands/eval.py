@@ -172,11 +172,15 @@ def _added_where_new(word: str, saved: dict[str, Any]) -> str:
     Whether there is such a key is checked later, with a better message than Hydra's.
     """
     key = word.partition("=")[0]
-    section, _, name = key.partition(".")
+    section, *names = key.split(".")
+    if section not in ("evaluation", "learner", "taskset"):
+        return word
     known = saved.get(section) or {}
-    name = name.partition(".")[0]
-    new = section in ("evaluation", "learner") and name and name not in known
-    return f"++{word}" if new else word
+    for name in names if section == "taskset" else names[:1]:
+        if not isinstance(known, dict) or name not in known:
+            return f"++{word}"
+        known = known[name]
+    return word
 
 
 def _refuse_what_is_of_training(key: str, value: str) -> None:
@@ -196,6 +200,8 @@ def _refuse_what_is_of_training(key: str, value: str) -> None:
             value=value,
             allowed=f"keys of taskset, evaluation, learner, and {others}",
         )
+    if re.fullmatch(r"(taskset|evaluation\.test(\..+)?)\.(split|eval)", key):
+        raise ConfigError(key, "has no effect: scores are on the tasks of 'test'", value=value)
     if key == "evaluation.figures" or key.split(".")[:2] == ["evaluation", "val"]:
         raise ConfigError(key, "has no part in a score on held-out tasks", value=value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from datetime import date
 from pathlib import Path
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+_places: list[Path] = []
+"""Where a run may be, as far as the command line says."""
+
 _there: set[Path] = set()
-"""Of the folders that a run may be in, those that were there before Hydra made the others."""
+"""Of those folders, and the ones above, those that were there before Hydra made the others."""
 
 
 def main(words: list[str]) -> None:
@@ -23,10 +27,11 @@ def main(words: list[str]) -> None:
 
     if {"-m", "--multirun"} & set(words):
         refuse_under_torchrun("--multirun")
-    typed = [word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")]
-    for name in (*typed, date.today().strftime("outputs/%Y-%m-%d")):
-        folder = Path(name.strip("'\"")).expanduser().absolute()
-        _there.update(place for place in (folder, *folder.parents) if place.exists())
+    typed = [w.partition("=")[2] for w in words if w.lstrip("+").startswith("hydra.run.dir=")]
+    for name in typed or [date.today().strftime("outputs/%Y-%m-%d")]:
+        place = Path(os.path.abspath(name.strip("'\"").partition("${")[0]))
+        _places.append(place)
+        _there.update(folder for folder in (place, *place.parents) if folder.exists())
     launch("train", __name__, "metabatch train", words=words)
 
 
@@ -49,7 +54,8 @@ def _alone(config: DictConfig, directory: Path, overrides: list[str]) -> dict[st
     finally:
         # where nothing came of it, what Hydra made shall not stay
         with contextlib.suppress(OSError):
-            for folder in (directory, *directory.parents):
+            known = any(directory.is_relative_to(place) for place in _places)
+            for folder in (directory, *directory.parents) if known else ():
                 if folder in _there:
                     break
                 folder.rmdir()

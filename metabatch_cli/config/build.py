@@ -91,14 +91,8 @@ def build_taskset(
     """
     node = merged(config.taskset, overrides or {})
     node = {name: _of_split(part, split) for name, part in node.items()}
-    wrong = node.pop("split", None) not in (None, "train") or node.pop("eval", False)
-    if wrong or not {"split", "eval"}.isdisjoint(overrides or {}):
-        raise ConfigError(
-            f"{key}.split",
-            "has no effect: training is on the tasks of 'train', validation on those of 'val', and "
-            "tests on those of 'test'",
-            allowed="train, or leave it out",
-        )
+    node.pop("split", None)
+    node.pop("eval", None)
     taskset = build(key, node, split=split, eval=split != "train")
     if not isinstance(taskset, TaskSet):
         raise ConfigError(
@@ -108,6 +102,24 @@ def build_taskset(
         )
     taskset.belong_to(split)  # for a set that does not know of splits
     return taskset
+
+
+def refuse_other_splits(config: Config) -> None:
+    """Raise ConfigError where a task set is said to be of a split that it is not built for."""
+    sets = {"taskset": (config.taskset, "train")}
+    for split in ("val", "test"):
+        for name, overrides in test_sets(getattr(config.evaluation, split), config.taskset).items():
+            sets[f"evaluation.{split}" + (f".{name}" if name else "")] = overrides, split
+    for key, (node, split) in sets.items():
+        for name, own in (("split", split), ("eval", split != "train")):
+            if node.get(name) not in (None, own):
+                raise ConfigError(
+                    f"{key}.{name}",
+                    "has no effect: training is on the tasks of 'train', validation on those of "
+                    "'val', and tests on those of 'test'",
+                    value=node[name],
+                    allowed=f"{str(own).lower()}, or nothing",
+                )
 
 
 def _of_split(part: Any, split: Split) -> Any:

@@ -201,21 +201,29 @@ def check_all_names(config: Mapping[str, Any]) -> None:
             _check_names(section, target, given, PROVIDED[section])
 
 
+_ANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
 def _check_names(
     key: str, target: Callable[..., Any], given: Iterable[str], provided: Iterable[str]
 ) -> list[str]:
     """The names of a target's arguments, after a look at whether what is given is among them."""
     parameters = _parameters(target).items()
-    names = [name for name, p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = [name for name, p in parameters if p.kind not in _ANY]
     takes_any = any(p.kind is p.VAR_KEYWORD for _, p in parameters)
-    unknown = next((name for name in given if name not in names), None)
-    if unknown is not None and not takes_any:
-        raise ConfigError(
-            f"{key}.{unknown}",
-            f"{target.__name__} has no such argument",
-            allowed=[name for name in names if name not in provided or name in FROM_SPEC],
-            wrong_name=unknown,
-        )
+    known = names
+    if takes_any:  # as a base may do, which knows what it takes
+        every = [p for function in constructors(target) for p in _parameters(function).values()]
+        named = dict.fromkeys(p.name for p in every if p.kind not in _ANY)
+        known = [name for name in named if name != "self"]
+    for unknown in given:
+        if unknown not in known and (not takes_any or nearest(unknown, known)):
+            raise ConfigError(
+                f"{key}.{unknown}",
+                f"{target.__name__} has no such argument",
+                allowed=[name for name in known if name not in provided or name in FROM_SPEC],
+                wrong_name=unknown,
+            )
     return names
 
 
@@ -270,28 +278,21 @@ def is_taskset(target: Any) -> bool:
     return inspect.isclass(target) and issubclass(target, TaskSet)
 
 
-_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a target, those too that it hands to its base as **kwargs: they may stay
-    away, since it may give them itself."""
-    found = _own_parameters(target)
-    for function in constructors(target)[1:]:
-        more = _own_parameters(function)
-        found = {name: p for name, p in found.items() if p.kind is not p.VAR_KEYWORD}
-        named = {name: p.replace(default=None) for name, p in more.items() if p.kind in _BY_NAME}
-        rest = {name: p for name, p in more.items() if p.kind is p.VAR_KEYWORD}
-        found = named | found | rest
-        found.pop("self", None)
-    return found
-
-
-def _own_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(target).parameters)
     except (TypeError, ValueError):  # some C types have none to show
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def default_of(target: Callable[..., Any], name: str, otherwise: Any) -> Any:
+    """The default of an argument, as a configuration would have it; `otherwise` without one."""
+    for function in constructors(target):
+        parameter = _parameters(function).get(name)
+        if parameter is not None and parameter.default is not inspect.Parameter.empty:
+            found = parameter.default
+            return list(found) if isinstance(found, tuple) else found
+    return otherwise
 
 
 def constructors(target: Any) -> list[Callable[..., Any]]:
@@ -303,7 +304,7 @@ def constructors(target: Any) -> list[Callable[..., Any]]:
         if own is object.__init__:
             break
         found.append(own)
-        if not any(p.kind is p.VAR_KEYWORD for p in _own_parameters(own).values()):
+        if not any(p.kind is p.VAR_KEYWORD for p in _parameters(own).values()):
             break
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from metabatch_cli.engine.precision import Precision
 from metabatch_cli.engine.ranks import Ranks
 from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.models.calibration import LEVELS
+from metabatch_cli.report.interval import t_quantile
 
 LESS_IS_BETTER = frozenset(
     {"loss", "error", "mse", "rmse", "nmse", "nrmse", "mae", "mape", "nll", "nlpd", "crps"}
@@ -137,7 +138,8 @@ def summarise(values: Tensor, batches: Tensor) -> dict[str, Any]:
     Tasks of a batch share their sizes, and what else a task set draws by the batch. `ci95` counts
     tasks as drawn independently: it is about other tasks of the sizes of this evaluation. Over
     other sizes too, where scores depend on them, means differ by more: `ci95_over_batches` counts
-    only batches as independent (the sandwich estimator for clusters, Liang & Zeger 1986).
+    only batches as independent (the sandwich estimator for clusters, Liang & Zeger 1986; with
+    Student's t, as batches may be few).
 
     Args:
         values: `[tasks]`.
@@ -153,7 +155,7 @@ def summarise(values: Tensor, batches: Tensor) -> dict[str, Any]:
     return {
         "mean": mean.item(),
         "ci95": _half_width(off, count),
-        "ci95_over_batches": _half_width(together, count),
+        "ci95_over_batches": _half_width(together, count, t_quantile),
         "tasks": count,
     }
 
@@ -182,12 +184,18 @@ def over_points(values: Tensor, points: Tensor, power: int = 1) -> dict[str, Any
     return {"mean": float(mean ** (1 / power)), "ci95": ci95, "points": int(total)}
 
 
-def _half_width(off: Tensor, total: float) -> float | None:
-    """Of a mean `Σ …/total`, from how far its independent parts are off, which sum to 0."""
+def _half_width(
+    off: Tensor, total: float, quantile: Callable[[int], float] = lambda degrees: Z95
+) -> float | None:
+    """Of a mean `Σ …/total`, from how far its independent parts are off, which sum to 0.
+
+    Args:
+        quantile: in standard errors, by degrees of freedom.
+    """
     count = len(off)
     if count < 2:
         return None
-    return float(Z95 * (off.square().sum() * count / (count - 1)).sqrt() / total)
+    return float(quantile(count - 1) * (off.square().sum() * count / (count - 1)).sqrt() / total)
 
 
 def is_beaten(oracle: Tensor, own: Tensor, metric: Metric) -> bool:
@@ -367,14 +375,15 @@ def _impossible(name: str, entry: Mapping[str, Any]) -> str:
 def monitored(metric: Metric, monitor: str | None) -> Metric:
     """The metric that picks the best checkpoint: the learner's own, or the one asked for.
 
-    Of another one than the learner's own, less is better if its name has one of the words
-    `LESS_IS_BETTER`, such as `calibration_error`.
+    Of another one than the learner's own, less is better if its name ends in `loss` or `mse`, or
+    has one of the words `LESS_IS_BETTER`, such as `calibration_error`.
     """
     name = metric.name if monitor is None else monitor.removeprefix("val/")
-    base = name.partition("@")[0]
-    if base == metric.name.partition("@")[0]:
+    base = name.partition("@")[0].lower()
+    if base == metric.name.partition("@")[0].lower():
         return Metric(name, metric.higher_is_better)
-    return Metric(name, LESS_IS_BETTER.isdisjoint(base.lower().split("_")))
+    less = base.endswith(("loss", "mse")) or not LESS_IS_BETTER.isdisjoint(base.split("_"))
+    return Metric(name, not less)
 
 
 def _parts(name: str) -> tuple[str, set[str]]:

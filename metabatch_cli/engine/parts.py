@@ -48,6 +48,8 @@ class Parts:
         """Build all that training needs, so that what cannot be built says so before it begins."""
         for name, node in self.config.logger.items() if self.ranks.leads else ():
             build.refuse_missing(f"logger.{name}", node)
+        if not self.begun:  # an older run may say so, and never heeded it
+            build.refuse_other_splits(self.config)
         settle(int(self.config.trainer.threads))
         self.loader, self.scheduler  # noqa: B018 (the last links of the chains)
         self.evaluation_loaders("val")

@@ -141,6 +141,7 @@ class RunDirectory:
             self.best_checkpoint,
             *self.figures.glob("*.png"),
             *self.evaluations.glob("*.json"),
+            self.evaluations / "multirun.yaml",
             self.overrides_file,
             self.metrics_file,
             self.metrics_file.with_suffix(".csv"),

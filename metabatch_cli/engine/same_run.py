@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from metabatch_cli.config.check import default_of, locate
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.config.schema import Config, EvaluationConfig, LoaderConfig, TrainerConfig
 from metabatch_cli.engine.run_directory import RunDirectory
@@ -48,7 +49,7 @@ def refuse_other_configuration(
     differing = []
     for key in sorted(before.keys() | now.keys()):
         # a run may be older than a key: it was made by what is the default now
-        was = before.get(key, defaults().get(key, "not set"))
+        was = before[key] if key in before else default(key, wanted)
         is_now = now.get(key, "not set")
         shared_anew = key == "trainer.threads" and not as_many
         shared_anew |= key == "loader.device" and _kind(was) == _kind(is_now)
@@ -64,6 +65,19 @@ def refuse_other_configuration(
             + "\n  allowed: the same configuration, another hydra.run.dir, or fresh=true, which "
             "deletes the run"
         )
+
+
+def default(key: str, config: Mapping[str, Any]) -> Any:
+    """What counts where a key is not there: by the schema, or by the constructor that takes it."""
+    if key in defaults():
+        return defaults()[key]
+    *above, name = key.split(".")
+    part: Any = config
+    for step in above:
+        part = part.get(step) if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or "_target_" not in part:
+        return "not set"
+    return default_of(locate(key, str(part["_target_"])), name, "not set")
 
 
 @functools.cache

@@ -199,6 +199,7 @@ def test_a_mistake_in_scoring_is_one_message_and_writes_nothing(trained, word):
         ("learner.objective=likelihood", "is about training"),
         ("learner.loss_on=context+target", "is about training"),
         ("learner.loss_per=task", "is about training"),
+        ("taskset.split=train", "has no effect"),
         ("evaluation.order=random", "is of evaluation.predict=autoregressive only"),
     ],
 )
@@ -212,8 +213,9 @@ def test_what_is_about_training_is_no_part_of_scoring(trained, word, said):
 
 def test_a_training_that_fails_at_once_takes_away_only_the_folders_that_it_made(tmp_path):
     (tmp_path / "mine" / "empty").mkdir(parents=True)
-    for directory in ("mine/empty", "mine/new/run", f"'{tmp_path}/mine/other'", "new/run"):
-        words = ["loader.batch_size=6", "loader.shards=4", f"hydra.run.dir={directory}"]
+    places = ["mine/empty", "mine/../mine/empty", "mine/new/run", f"'{tmp_path}/mine/other'"]
+    for word in ("hydra.run.dir=" + place for place in [*places, "new/run"]):
+        words = ["loader.batch_size=6", "loader.shards=4", word]
         only_message(metabatch("train", *TINY, *words, cwd=tmp_path, code=1))
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
         assert left == {"mine", "mine/empty"}

@@ -36,6 +36,7 @@ from metabatch_cli.learners.learner import Metric
 from metabatch_cli.learners.neural_process import NeuralProcess
 from metabatch_cli.models.calibration import LEVELS
 from metabatch_cli.models.cnp import CNP
+from metabatch_cli.report.interval import t_quantile
 from tasksets.functions import Functions, Sine
 from tasksets.gp import GaussianProcess
 from tasksets.kernels import RBF
@@ -72,6 +73,7 @@ def test_means_and_intervals_are_those_of_the_textbook(values):
     assert entry["mean"] == pytest.approx(statistics.fmean(values), abs=1e-9)
     half = 1.959963984540054 * statistics.stdev(values) / math.sqrt(len(values))
     assert entry["ci95"] == pytest.approx(half, abs=1e-7)
+    half *= t_quantile(len(values) - 1) / Z95
     assert entry["ci95_over_batches"] == pytest.approx(half, abs=1e-7)  # each of its own
     assert entry["tasks"] == len(values)
 
@@ -105,7 +107,7 @@ def test_scores_know_which_batch_they_are_of():
     one, two = (evaluated(network(), sets, n_tasks=n).metrics["test/mse"] for n in (4, 8))
     assert one["ci95_over_batches"] is None
     # the mean of two batches' means, as far from the one as from the other
-    half = Z95 * abs(one["mean"] - two["mean"])
+    half = t_quantile(1) * abs(one["mean"] - two["mean"])
     assert two["ci95_over_batches"] == pytest.approx(half)
 
 
@@ -177,6 +179,7 @@ def test_a_metric_that_is_not_there_is_none():
         ("mse", "mse", False),
         ("val/mse@shots=1", "mse@shots=1", False),
         ("my_loss", "my_loss", False),
+        ("logloss", "logloss", False),
         ("rmse", "rmse", False),
         ("log_likelihood", "log_likelihood", True),
         ("recall@k=5", "recall@k=5", True),

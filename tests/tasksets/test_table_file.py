@@ -336,3 +336,12 @@ def test_numbers_that_rounding_would_make_equal_are_refused_with_the_way_out(
         TableFile(path, "g", "year", "unix")
     file = TableFile(path, "g", ["elapsed", "year"], "y", time="unix")
     assert file.x[:4, 0].tolist() == [0, 5, 10, 15]
+
+
+def test_columns_that_hardly_change_within_groups_are_none_of_those(tmp_path: Path) -> None:
+    n = 200
+    steady, moved = np.full(n, 72.3), np.full(n, 72.3)
+    steady[::2] += 1e-14  # the last bits of float64
+    moved[-1] += 0.01
+    path = save(tmp_path / "t.parquet", {"g": ["a", "b"] * (n // 2), "x": steady, "y": moved})
+    assert len(TableFile(path, "g", "x", "y", val=0, test=0).x) == n
