@@ -10,6 +10,7 @@ import yaml
 
 from metabatch_cli.engine.parts import is_worth_compiling
 from metabatch_cli.engine.run import train
+from metabatch_cli.learners.inner_loop import GradientBased
 from metabatch_cli.learners.learner import CompileCost
 from tests.composed import composed
 from tests.engine.examples import (
@@ -108,7 +109,12 @@ def test_maml_resumes_to_the_bit_in_the_way_it_began(tmp_path, way):
     assert_same_run(tmp_path / "through", tmp_path / "killed")
 
 
-def test_the_faster_way_of_maml_is_in_its_configuration(tmp_path):
+@pytest.mark.parametrize("faster", ["vmap", "loop"])
+def test_the_faster_way_of_maml_is_in_its_configuration(tmp_path, monkeypatch, faster):
+    def seconds(self: GradientBased, at_once: bool, tasks: object) -> float:
+        return 1.0 if at_once == (faster == "vmap") else 2.0
+
+    monkeypatch.setattr(GradientBased, "_seconds", seconds)
     said = maml(tmp_path)
-    assert config_of(tmp_path)["learner"]["inner_loop"] == "vmap"
-    assert "MAML, inner_loop vmap" in said
+    assert config_of(tmp_path)["learner"]["inner_loop"] == faster
+    assert f"MAML, inner_loop {faster}" in said
