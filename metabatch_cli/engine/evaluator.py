@@ -21,11 +21,11 @@ from metabatch_cli.learners.learner import Learner, Metric
 from metabatch_cli.models.calibration import LEVELS
 from metabatch_cli.report.interval import t_quantile
 
-LESS_IS_BETTER = frozenset(
-    {"loss", "error", "mse", "rmse", "nmse", "nrmse", "mae", "mape", "nll", "nlpd", "crps"}
-    | {"brier", "perplexity", "ece", "kl", "divergence", "distance", "regret"}
+LESS_IS_BETTER = (
+    *("error", "mae", "mape", "nll", "nlpd", "crps", "brier", "perplexity", "ece", "kl"),
+    *("divergence", "distance", "regret"),
 )
-"""Words in the name of a score by which less of it is better; of all others, more."""
+"""Words in the name of a score by which less of it is better, as those that end in loss and mse."""
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 
@@ -375,14 +375,15 @@ def _impossible(name: str, entry: Mapping[str, Any]) -> str:
 def monitored(metric: Metric, monitor: str | None) -> Metric:
     """The metric that picks the best checkpoint: the learner's own, or the one asked for.
 
-    Of another one than the learner's own, less is better if its name ends in `loss` or `mse`, or
-    has one of the words `LESS_IS_BETTER`, such as `calibration_error`.
+    Of another one than the learner's own, less is better if a word of its name ends in `loss` or
+    `mse`, or is one of `LESS_IS_BETTER`, as in `calibration_error`.
     """
     name = metric.name if monitor is None else monitor.removeprefix("val/")
     base = name.partition("@")[0].lower()
     if base == metric.name.partition("@")[0].lower():
         return Metric(name, metric.higher_is_better)
-    less = base.endswith(("loss", "mse")) or not LESS_IS_BETTER.isdisjoint(base.split("_"))
+    words = base.split("_")
+    less = any(word.endswith(("loss", "mse")) or word in LESS_IS_BETTER for word in words)
     return Metric(name, not less)
 
 
