@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, get_args
 
+import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 from torch.distributions import Independent, Normal
@@ -11,12 +13,23 @@ from torch.nn import functional as F
 
 from metabatch_cli.batching.arguments import one_of
 
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
 Sigma = Literal["scaled", "additive", "exp"]
 """How a raw number becomes σ, with m = `min_sigma`: `m + (1 − m)·softplus`, `m + softplus`, or
 `m + exp`."""
 
 MinSigma = Annotated[float, Ge(0), Le(1)]
 """The smallest σ; 0 for none. It caps the log-likelihood at `−log(min_sigma·√(2π))`."""
+
+
+class Gaussian(Normal):
+    """torch's `Normal` with a density in two thirds of the operations, forth and back."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        standardised = (value - self.loc) / self.scale
+        squares = torch.addcmul(self.scale.log(), standardised, standardised, value=0.5)
+        return -(squares + HALF_LOG_2PI)
 
 
 def normal(raw: Tensor, min_sigma: float, sigma: Sigma = "scaled") -> Independent:
@@ -35,7 +48,7 @@ def normal(raw: Tensor, min_sigma: float, sigma: Sigma = "scaled") -> Independen
     mean, deviation = raw.chunk(2, dim=-1)
     return Independent(
         # unchecked: a mean that is no number shall reach the loss, where the loop explains it
-        Normal(mean, positive(deviation, min_sigma, sigma), validate_args=False),
+        Gaussian(mean, positive(deviation, min_sigma, sigma), validate_args=False),
         1,
         validate_args=False,
     )

@@ -69,13 +69,15 @@ class Layers(nn.Sequential):
 
         With `start`, x is what the layers before it made, and may be overwritten.
         """
-        rows = x.flatten(0, -2) if x.dim() > 2 else x
+        shape = x.shape[:-1]
         before = self[start - 1] if start else None
         for layer in list(self)[start:stop]:
-            alone = isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear)
-            rows = rows.relu_() if alone else layer(rows)
+            if isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear):
+                x = x.relu_()  # not of a view of it: autograd would copy the whole four times
+            else:
+                x = layer(x.flatten(0, -2) if x.dim() > 2 else x)
             before = layer
-        return rows.unflatten(0, x.shape[:-1]) if x.dim() > 2 else rows
+        return x if x.shape[:-1] == shape else x.unflatten(0, shape)
 
 
 def layers(dims: Sequence[int], activation: Activation = "relu") -> Layers:
