@@ -281,12 +281,12 @@ class AttentionBlock(nn.Module):
         """
         width = self.projections.in_features
         weight, of_value = self.projections.weight.split([2 * width, width])  # queries' and keys'
-        biases: tuple[Tensor | None, ...] = (None, None)
+        bias = None
         if before is not None:
-            biases = (weight @ before.bias).chunk(2)
+            bias = weight[:width] @ before.bias  # what all keys have in common changes no softmax
             weight = weight @ before.weight
         of_query, of_key = weight.chunk(2)
-        query, key = F.linear(query, of_query, biases[0]), F.linear(key, of_key, biases[1])
+        query, key = F.linear(query, of_query, bias), F.linear(key, of_key)
         value = F.linear(value, of_value)
         return self._finished(self._attend(query, key, value, mask=mask))
 
