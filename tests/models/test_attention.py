@@ -42,6 +42,23 @@ def test_attention_is_torchs(size, masked):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [1.0, 10.0, 30.0, 100.0, 1e3])
+def test_exponentials_of_float32_are_as_good_as_torchs(size):
+    wide = inputs(size)
+    narrow = [part.detach().float().requires_grad_() for part in wide]
+    exact = by_torch(wide, None)
+    ours, theirs = attend(*narrow, HEADS), by_torch(narrow, None)
+    direction = torch.randn_like(exact)
+    exact = [exact, *torch.autograd.grad(exact, wide, direction)]
+    ours, theirs = (
+        [seen, *torch.autograd.grad(seen, narrow, direction.float())] for seen in (ours, theirs)
+    )
+    for own, torchs, right in zip(ours, theirs, exact, strict=True):
+        scale = right.abs().max()
+        worst = ((torchs - right).abs().max() / scale).item()
+        assert (own - right).abs().max() / scale < 3 * worst + 1e-6
+
+
 @pytest.mark.parametrize("masked", [None, "some", "a task without any", "pairs", "counts"])
 @pytest.mark.parametrize("size", [1.0, 1e4])
 @pytest.mark.parametrize("together", [False, True])
