@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 
 
 class _Weights(NamedTuple):
@@ -26,8 +27,9 @@ class _CountedAtOnce(torch.optim.Optimizer):
 
     torch's kernel is one pass over all weights. Around it torch gathers lists anew in every step,
     and adds 1 to the counters one after the other, which together take longer than the pass
-    where weights are few (1 of 1.6 ms for 330,000 on a CPU). The numbers are the same to the bit,
-    and so is what is saved. Whatever is out of the ordinary is left to torch.
+    where weights are few (1 of 1.6 ms for 330,000 on a CPU); and it tells profilers of the step,
+    whether there are any or not (0.3 of 9.4 ms of a step of CANP). The numbers are the same to the
+    bit, and so is what is saved. Whatever is out of the ordinary is left to torch.
     """
 
     kernel: Callable[..., Any]
@@ -35,9 +37,30 @@ class _CountedAtOnce(torch.optim.Optimizer):
     """Whether the kernel's weight decay is."""
     _prepared: list[_Weights] | None = None
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; see `torch.optim.Adam`."""
+        own_hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if (
+            own_hooks
+            or optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+        ):
+            return self._step_with_hooks(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; see `torch.optim.Optimizer.zero_grad`."""
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
+
+    @torch.no_grad()
+    def _step(self, closure: Any = None) -> Any:
         if closure is not None or self._prepared is None:
             return self._step_as_torch(closure)
         gradients = [[weight.grad for weight in of.weights] for of in self._prepared]
@@ -61,6 +84,8 @@ class _CountedAtOnce(torch.optim.Optimizer):
                 maximize=of.group["maximize"],
             )
         return None
+
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -107,3 +107,27 @@ def test_of_a_weight_without_gradient_a_training_remembers_nothing_in_the_end():
         for _ in range(900):  # 0.9⁹⁰⁰ is 7e-42
             optimizer.step()
     assert not optimizer.state[weight]["exp_avg"].any()
+
+
+@pytest.mark.parametrize(("our_class", "their_class"), PAIRS)
+def test_hooks_are_called_as_torchs(our_class, their_class):
+    both = twice()
+    said = [], []
+    for each, weights, calls in zip((our_class, their_class), both, said, strict=True):
+        optimizer = each(weights, **SETTINGS)
+        take_steps(weights, optimizer, range(1))
+        optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
+        take_steps(weights, optimizer, range(1, 3))
+    assert said[0] == said[1] == ["before", "after"] * 2
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_forgotten_as_torchs(set_to_none):
+    weights, _ = twice()
+    optimizer = adam.Adam(weights, **SETTINGS)
+    take_steps(weights, optimizer, range(2))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    gradients = [weight.grad for weight in weights]
+    assert all(g is None if set_to_none else not g.any() for g in gradients)
