@@ -39,14 +39,9 @@ class _CountedAtOnce(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """One step; see `torch.optim.Adam`."""
-        own_hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if (
-            own_hooks
-            or optimizer._global_optimizer_pre_hooks
-            or optimizer._global_optimizer_post_hooks
-        ):
-            return self._step_with_hooks(closure)
-        return self._step(closure)
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        of_all = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
+        return self._step_with_hooks(closure) if own or of_all else self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it
 
@@ -96,7 +91,10 @@ class _CountedAtOnce(torch.optim.Optimizer):
         self._prepared = None
 
     def _step_as_torch(self, closure: Any) -> Any:
-        loss = super().step(closure)
+        step = super().step.__func__  # type: ignore[attr-defined]
+        if getattr(step, "hooked", False):  # by torch, if it was used by itself; ours were called
+            step = step.__wrapped__
+        loss = step(self, closure)
         suits = all(self._suits(group) for group in self.param_groups)
         self._prepared = [self._prepare(group) for group in self.param_groups] if suits else None
         return loss

@@ -110,16 +110,17 @@ def test_of_a_weight_without_gradient_a_training_remembers_nothing_in_the_end():
 
 
 @pytest.mark.parametrize(("our_class", "their_class"), PAIRS)
-def test_hooks_are_called_as_torchs(our_class, their_class):
+@pytest.mark.parametrize("more", [{}, {"amsgrad": True}])
+def test_hooks_are_called_as_torchs_and_once(our_class, their_class, more):
+    their_class(twice()[0], **SETTINGS)  # from now on torch wraps its own steps
     both = twice()
     said = [], []
     for each, weights, calls in zip((our_class, their_class), both, said, strict=True):
-        optimizer = each(weights, **SETTINGS)
-        take_steps(weights, optimizer, range(1))
+        optimizer = each(weights, **(SETTINGS | more))
         optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append("before"))
         optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
-        take_steps(weights, optimizer, range(1, 3))
-    assert said[0] == said[1] == ["before", "after"] * 2
+        take_steps(weights, optimizer, range(3))
+    assert said[0] == said[1] == ["before", "after"] * 3
     torch.testing.assert_close(*both, rtol=0, atol=0)
 
 
