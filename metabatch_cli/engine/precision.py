@@ -32,10 +32,11 @@ class Precision:
 
     def prepare(self, batch: Any) -> Tasks:
         """A loader's batch as tasks whose floating-point numbers are of this precision."""
+        dtype = self.dtype
 
         def convert(leaf: Any) -> Any:
-            floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-            return leaf.to(self.dtype) if floating else leaf
+            other = isinstance(leaf, Tensor) and leaf.dtype is not dtype
+            return leaf.to(dtype) if other and leaf.is_floating_point() else leaf
 
         return tree_map(convert, as_task(batch))
 

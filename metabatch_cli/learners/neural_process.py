@@ -177,22 +177,17 @@ class NeuralProcess(Learner):
                 f"{type(self.model).__name__} takes no context_mask, so that it cannot tell "
                 "padding from points: it learns from tasks of a common size only"
             )
-        more = {
-            "context_mask": context_mask,
-            "target_mask": target_mask,
-            "samples": self.samples if self.training else self.eval_samples,
-        }
-        prediction = self.model(
-            blank(context_x, context_mask),
-            blank(context_y, context_mask),
-            blank(target_x, target_mask),
-            **{
-                name: value
-                for name, value in more.items()
-                if value is not None and name in self._asked_for
-            },
-        )
-        return of_targets(prediction)
+        more: dict[str, Any] = {}
+        if context_mask is not None:
+            context_x, context_y = blank(context_x, context_mask), blank(context_y, context_mask)
+            more["context_mask"] = context_mask
+        if target_mask is not None:
+            target_x = blank(target_x, target_mask)
+            if "target_mask" in self._asked_for:
+                more["target_mask"] = target_mask
+        if "samples" in self._asked_for:
+            more["samples"] = self.samples if self.training else self.eval_samples
+        return of_targets(self.model(context_x, context_y, target_x, **more))
 
     def _judged(self, tasks: Tasks) -> Judged:
         """The points that the loss is about, in the network's units and without what is padding."""

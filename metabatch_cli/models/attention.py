@@ -14,6 +14,7 @@ from metabatch_cli.models.masking import are_counts
 
 IN_CACHE = 1 << 20  # logits
 BOUND = 1e-28  # of sums of exponentials
+FEW = 32  # queries, whose largest logits torch finds one by one
 
 
 def attend(
@@ -56,19 +57,23 @@ def attend(
         seen = mask.any(dim=-1, keepdim=True)
         mask = mask.masked_fill(~seen, 1)  # a row without any key has no softmax
     if _in_cache(query, key, heads):
-        scale = _usual_scale(query, heads) if scale is None else scale
-        attended = _AttentionInCache.apply(heads, scale, mask, False, query, key, value)
+        scale = _usual_scale(query.shape[2], heads) if scale is None else scale
+        attended = _AttentionInCache.apply(heads, scale, mask, False, False, query, key, value)
     else:
         mask = None if mask is None else mask[:, None]
         mask = mask.log() if are_counts(mask) else mask
-        q, k, v = (_by_head(part, heads)[0] for part in (query, key, value))
+        q, k, v = (_by_head(part, heads) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        attended = _side_by_side(attended[None], value.shape)
+        attended = _side_by_side(attended.flatten(0, 1), heads, value.shape)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
 def attend_onto(
-    *parts: Tensor, heads: int, mask: Tensor | None = None, scale: float | None = None
+    *parts: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    steep: bool = False,
 ) -> Tensor:
     """What `attend` says, added to the queries.
 
@@ -76,12 +81,16 @@ def attend_onto(
         parts: queries, keys and values as of `attend`; or, of points that attend to each other,
             all three side by side in one tensor `[tasks, n, 3 · width]`.
         heads, mask, scale: as of `attend`.
+        steep: whether logits are expected to be hundreds apart. A softmax that overflows unless
+            the largest is found first is then not tried.
     """
-    query, key, value = parts[0].chunk(3, dim=-1) if len(parts) == 1 else parts
+    query, key, value = parts * 3 if len(parts) == 1 else parts
     if _in_cache(query, key, heads) and value.dim() == 3 and _everybody_sees(mask):
-        scale = _usual_scale(query, heads) if scale is None else scale
+        if scale is None:
+            scale = _usual_scale(query.shape[2] * len(parts) // 3, heads)
         mask = None if mask is None else mask[:, None, :]
-        return _AttentionInCache.apply(heads, scale, mask, True, *parts)
+        return _AttentionInCache.apply(heads, scale, mask, True, steep, *parts)
+    query, key, value = parts[0].chunk(3, dim=-1) if len(parts) == 1 else parts
     return query + attend(query, key, value, heads, mask, scale)
 
 
@@ -97,8 +106,8 @@ def _everybody_sees(mask: Tensor | None) -> bool:
     return mask is None or (mask.dim() == 2 and bool(mask.any(dim=1).all()))
 
 
-def _usual_scale(query: Tensor, heads: int) -> float:
-    return 1 / math.sqrt(query.shape[2] // heads)
+def _usual_scale(width: int, heads: int) -> float:
+    return 1 / math.sqrt(width // heads)
 
 
 class _AttentionInCache(torch.autograd.Function):
@@ -120,6 +129,7 @@ class _AttentionInCache(torch.autograd.Function):
         scale: float,
         mask: Tensor | None,
         onto_query: bool,
+        steep: bool,
         *parts: Tensor,
     ) -> Tensor:
         """Queries, keys and values as of `attend`, or one tensor with all three side by side.
@@ -127,85 +137,120 @@ class _AttentionInCache(torch.autograd.Function):
         Args:
             mask: as of `attend`, with all its dimensions, or None.
             onto_query: whether the queries are added to what comes.
+            steep: as of `attend_onto`.
         """
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 wide = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
-                return _AttentionInCache.forward(ctx, heads, scale, mask, onto_query, *wide)
-        of_heads = [_by_head(part, heads, 3 // len(parts)).flatten(1, 2) for part in parts]
-        query, key, value = (part for together in of_heads for part in together.unbind())
-        nothing = query.new_empty(())
-        # in bits: those of e, divided by log 2
-        logits = torch.baddbmm(nothing, key, query.mT, beta=0, alpha=scale / math.log(2))
-        weights = logits.exp2()
-        if mask is not None:
-            mask = mask.mT.contiguous().unsqueeze(1)  # of keys and queries, as the weights
-            weights.unflatten(0, (-1, heads)).mul_(mask.to(weights.dtype))
-        total = weights.sum(dim=1, keepdim=True)
-        least, most = (bound.item() for bound in total.aminmax())
-        if least > BOUND and most < 1 / BOUND:
-            weights.div_(total)
-        else:  # or not a number
-            logits.mul_(math.log(2))
-            if mask is not None:
-                of_tasks = logits.unflatten(0, (-1, heads)).masked_fill_(mask == 0, -math.inf)
-                if are_counts(mask):
-                    of_tasks.add_(mask.log().clamp(min=0))  # of those that are there
-            weights = logits.softmax(dim=1)
-        ctx.save_for_backward(weights, *of_heads)
+                return _AttentionInCache.forward(ctx, heads, scale, mask, onto_query, steep, *wide)
+        if len(parts) == 1:
+            kept = [_three_by_head(parts[0], heads).flatten(1, 2)]
+            query, key, value = kept[0].unbind()
+        else:
+            kept = query, key, value = [_by_head(part, heads).flatten(0, 1) for part in parts]
+        weights = _weights(query, key, scale, heads, mask, steep)
+        ctx.save_for_backward(weights, *kept)
         ctx.heads, ctx.scale, ctx.onto_query = heads, scale, onto_query
         ctx.shapes = [part.shape for part in parts]
         if onto_query:
             attended = torch.baddbmm(query, weights.mT, value)
         else:
             attended = torch.bmm(weights.mT, value)
-        shape = *ctx.shapes[-1][:-1], ctx.shapes[-1][-1] * len(parts) // 3
-        return _side_by_side(attended.unflatten(0, (1, -1, heads)), torch.Size(shape))
+        return _side_by_side(attended, heads, parts[-1].shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _AttentionInCache._last_gradients(ctx, gradient)
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return _AttentionInCache._gradients(ctx, gradient)
         return _AttentionInCache._gradients(ctx, gradient)
 
     @staticmethod
+    @once_differentiable
+    def _last_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _AttentionInCache.backward(ctx, gradient)  # without a graph
+
+    @staticmethod
     def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *of_heads = ctx.saved_tensors
-        query, key, value = (part for together in of_heads for part in together.unbind())
-        gradient = _by_head(gradient, ctx.heads).flatten(0, 2)
+        weights, *kept = ctx.saved_tensors
+        heads, scale = ctx.heads, ctx.scale
+        gradients = [torch.empty_like(part) for part in kept]
+        together = len(kept) == 1
+        query, key, value = kept[0].unbind() if together else kept
+        of_query, of_key, of_value = gradients[0].unbind() if together else gradients
+        gradient = _by_head(gradient, heads).flatten(0, 1)
         of_weights = torch.bmm(value, gradient.mT)
         of_logits = torch._softmax_backward_data(of_weights, weights, 1, weights.dtype)
-        gradients = [torch.empty_like(together) for together in of_heads]
-        of_query, of_key, of_value = (part for together in gradients for part in together.unbind())
-        onto = gradient if ctx.onto_query else of_query
-        beta = int(ctx.onto_query)
-        torch.baddbmm(onto, of_logits.mT, key, beta=beta, alpha=ctx.scale, out=of_query)
-        torch.baddbmm(of_key, of_logits, query, beta=0, alpha=ctx.scale, out=of_key)
+        onto, beta = (gradient, 1) if ctx.onto_query else (of_query, 0)
+        torch.baddbmm(onto, of_logits.mT, key, beta=beta, alpha=scale, out=of_query)
+        torch.baddbmm(of_key, of_logits, query, beta=0, alpha=scale, out=of_key)
         torch.bmm(weights, gradient, out=of_value)
-        apart = (together.unflatten(1, (-1, ctx.heads)) for together in gradients)
-        return None, None, None, None, *map(_side_by_side, apart, ctx.shapes)
+        of_parts = [
+            _side_by_side(part, heads, shape)
+            for part, shape in zip(gradients, ctx.shapes, strict=True)
+        ]
+        return None, None, None, None, None, *of_parts
 
 
-def _by_head(part: Tensor, heads: int, number: int = 1) -> Tensor:
-    """`number` parts side by side, `[tasks, n, number · width]` → `[number, tasks, heads, n,
-    width / heads]`.
+def _weights(
+    query: Tensor, key: Tensor, scale: float, heads: int, mask: Tensor | None, steep: bool
+) -> Tensor:
+    """The softmax over keys, `[tasks · heads, n_key, n_query]`; arguments as of the operation."""
+    nothing = query.new_empty(())
+    # in bits: those of e, divided by log 2
+    logits = torch.baddbmm(nothing, key, query.mT, beta=0, alpha=scale / math.log(2))
+    if mask is not None:
+        mask = mask.mT.contiguous().unsqueeze(1)  # of keys and queries, as the weights
+    if not steep:
+        weights = logits.exp2()
+        if mask is not None:
+            weights.unflatten(0, (-1, heads)).mul_(mask.to(weights.dtype))
+        total = weights.sum(dim=1, keepdim=True)
+        least, most = total.aminmax()
+        if least.item() > BOUND and most.item() < 1 / BOUND:  # not so if one is not a number
+            return weights.div_(total)
+    if mask is not None:
+        of_tasks = logits.unflatten(0, (-1, heads)).masked_fill_(mask == 0, -math.inf)
+        if are_counts(mask):
+            of_tasks.add_(mask.log2().clamp(min=0))  # of those that are there
+    if logits.shape[2] < FEW:
+        return logits.mul_(math.log(2)).softmax(dim=1)
+    weights = logits.sub_(logits.amax(dim=1, keepdim=True)).exp2_()
+    return weights.div_(weights.sum(dim=1, keepdim=True))
 
-    Samples `[samples, tasks, n, width]` side by side, `[1, tasks, heads, n, samples · width /
-    heads]`.
+
+def _by_head(part: Tensor, heads: int) -> Tensor:
+    """`[tasks, n, width]` → `[tasks, heads, n, width / heads]`.
+
+    Samples `[samples, tasks, n, width]` side by side, `[tasks, heads, n, samples · width / heads]`.
     """
     if part.dim() == 4:
-        of_samples = part.unflatten(-1, (heads, -1)).permute(1, 3, 2, 0, 4)
-        return of_samples.flatten(3)[None]
-    return part.unflatten(-1, (number, heads, -1)).permute(2, 0, 3, 1, 4)
+        return part.unflatten(-1, (heads, -1)).permute(1, 3, 2, 0, 4).flatten(3)
+    tasks, n, width = part.shape
+    return part.view(tasks, n, heads, width // heads).transpose(1, 2)
 
 
-def _side_by_side(parts: Tensor, shape: torch.Size) -> Tensor:
-    """What `_by_head` made of a tensor of a shape, put together again; n may be another one."""
+def _three_by_head(parts: Tensor, heads: int) -> Tensor:
+    """Three parts side by side, `[tasks, n, 3 · width]` → `[3, tasks, heads, n, width / heads]`."""
+    tasks, n, width = parts.shape
+    return parts.view(tasks, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+
+
+def _side_by_side(part: Tensor, heads: int, shape: torch.Size) -> Tensor:
+    """What was made by head of tensors of a shape, tasks and heads in one dimension, put together.
+
+    n may be another one, and three parts may have become one.
+    """
+    *front, n, width = part.shape
     if len(shape) == 4:
-        return parts[0].unflatten(3, (shape[0], -1)).permute(3, 0, 2, 1, 4).flatten(3)
-    return parts.permute(1, 3, 0, 2, 4).flatten(2)
+        samples, tasks = shape[:2]
+        apart = part.view(tasks, heads, n, samples, width // samples)
+        return apart.permute(3, 0, 2, 1, 4).flatten(3)
+    if len(front) == 2:
+        return part.view(3, shape[0], heads, n, width).permute(1, 3, 0, 2, 4).flatten(2)
+    return part.view(shape[0], heads, n, width).transpose(1, 2).flatten(2)
 
 
 def begin_as_torchs(of_query: nn.Linear, of_seen: nn.Linear, out: nn.Linear) -> None:
@@ -283,15 +328,16 @@ class AttentionBlock(nn.Module):
         weight, of_value = self.projections.weight.split([2 * width, width])  # queries' and keys'
         bias = None
         if before is not None:
-            bias = weight[:width] @ before.bias  # what all keys have in common changes no softmax
+            # the queries' only: what all keys have in common changes no softmax
+            bias = (weight @ before.bias)[:width]
             weight = weight @ before.weight
         of_query, of_key = weight.chunk(2)
         query, key = F.linear(query, of_query, bias), F.linear(key, of_key)
         value = F.linear(value, of_value)
-        return self._finished(self._attend(query, key, value, mask=mask))
+        return self._finished(self._attend(query, key, value, mask=mask, steep=True))
 
-    def _attend(self, *parts: Tensor, mask: Tensor | None) -> Tensor:
-        return attend_onto(*parts, heads=self.heads, mask=mask, scale=self.scale)
+    def _attend(self, *parts: Tensor, mask: Tensor | None, steep: bool = False) -> Tensor:
+        return attend_onto(*parts, heads=self.heads, mask=mask, scale=self.scale, steep=steep)
 
     def _finished(self, seen: Tensor) -> Tensor:
         hidden = self.norm1(seen.flatten(0, -2))  # all points as rows of one matrix

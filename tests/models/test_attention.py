@@ -62,7 +62,12 @@ def test_exponentials_of_float32_are_as_good_as_torchs(size):
 @pytest.mark.parametrize("masked", [None, "some", "a task without any", "pairs", "counts"])
 @pytest.mark.parametrize("size", [1.0, 1e4])
 @pytest.mark.parametrize("together", [False, True])
-def test_what_is_attended_to_can_be_added_to_the_queries(monkeypatch, together, size, masked):
+@pytest.mark.parametrize("steep", [False, True])
+@pytest.mark.parametrize("few", [1, 32])
+def test_what_is_attended_to_can_be_added_to_the_queries(
+    monkeypatch, few, steep, together, size, masked
+):
+    monkeypatch.setattr(attention, "FEW", few)
     parts = inputs(size)
     if together:
         torch.manual_seed(0)
@@ -77,7 +82,7 @@ def test_what_is_attended_to_can_be_added_to_the_queries(monkeypatch, together, 
         mask = torch.rand(shape) > 0.5
         mask[..., 0] = True
         mask[0] &= masked != "a task without any"
-    seen = attend_onto(*parts, heads=HEADS, mask=mask)
+    seen = attend_onto(*parts, heads=HEADS, mask=mask, steep=steep)
     monkeypatch.setattr(attention, "IN_CACHE", 0)  # torch's own
     expected = query + attend(query, key, value, HEADS, mask)
     torch.testing.assert_close(seen, expected)
@@ -163,3 +168,12 @@ def test_in_mixed_precision_attention_is_in_32_bits(backward_inside):
     torch.testing.assert_close(seen, expected)
     (wanted,) = torch.autograd.grad(expected.square().sum(), wide)
     torch.testing.assert_close(gradient, wanted.to(torch.bfloat16))
+
+
+def test_a_second_derivative_is_refused_where_it_is_asked_for():
+    query, key, value = inputs()
+    (once,) = torch.autograd.grad(
+        attend(query, key, value, HEADS).square().sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(once.sum(), query)
