@@ -1,4 +1,4 @@
-"""Gradients and running statistics of a step, over all ranks: one flat bucket."""
+"""Gradients and running statistics of a step, over all ranks: flat buckets."""
 
 from __future__ import annotations
 
@@ -28,21 +28,14 @@ class Averaging:
         self.ranks = ranks
         if ranks.size == 1:
             return
-        self._parts: list[_Part] = [_Gradients(learner), _Followed(learner, ranks), _Moved(learner)]
-        examples = [tensor for part in self._parts for tensor in part.examples]
-        dtype = reduce(torch.promote_types, [e.dtype for e in examples], torch.float32)
-        sizes = [2, *(example.numel() for example in examples)]
-        device = examples[0].device if examples else None
-        self._bucket = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        self._head, *flat = self._bucket.split(sizes)
-        views = iter([view.view(e.shape) for view, e in zip(flat, examples, strict=True)])
-        self._views = [[next(views) for _ in part.examples] for part in self._parts]
+        self._means = _Bucket([_Gradients(learner), _Moved(learner)], more=2)
+        self._sums = _Bucket([_Followed(learner, ranks)])
 
     def begin(self) -> None:
         """Before the learner looks at tasks."""
         if self.ranks.size > 1:
-            for part in self._parts:
-                part.begin()
+            self._means.begin()
+            self._sums.begin()
 
     @torch.no_grad()
     def __call__(self, loss: Tensor, tasks: Tensor) -> Tensor:
@@ -57,20 +50,52 @@ class Averaging:
         """
         if self.ranks.size == 1:
             return loss
-        self._bucket.zero_()
-        self._head[0] = tasks
-        self._head[1] = loss * tasks
-        for part, views in zip(self._parts, self._views, strict=True):
-            part.put(views, tasks)
-        self.ranks.sum(self._bucket)
-        total = self._head[0].clamp(min=1)
-        for part, views in zip(self._parts, self._views, strict=True):
-            part.take(views, total)
-        return self._head[1] / total
+        of_all = self._means.more
+        of_all[0], of_all[1] = loss, tasks
+        self._means.put()
+        self.ranks.mean(self._means.flat)
+        self._means.take()
+        if self._sums.flat.numel():
+            self._sums.put()
+            self.ranks.sum(self._sums.flat)
+            self._sums.take()
+        return of_all[0].clone()
+
+
+class _Bucket:
+    """The places of some parts side by side, in one tensor.
+
+    Args:
+        parts: whose places.
+        more: numbers that stand behind them.
+    """
+
+    def __init__(self, parts: list[_Part], more: int = 0) -> None:
+        self.parts = parts
+        examples = [tensor for part in parts for tensor in part.examples]
+        dtype = reduce(torch.promote_types, [e.dtype for e in examples], torch.float32)
+        sizes = [*(example.numel() for example in examples), more]
+        device = examples[0].device if examples else None
+        self.flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        *flat, self.more = self.flat.split(sizes)
+        places = iter([place.view(e.shape) for place, e in zip(flat, examples, strict=True)])
+        self._places = [[next(places) for _ in part.examples] for part in parts]
+
+    def begin(self) -> None:
+        for part in self.parts:
+            part.begin()
+
+    def put(self) -> None:
+        for part, places in zip(self.parts, self._places, strict=True):
+            part.put(places)
+
+    def take(self) -> None:
+        for part, places in zip(self.parts, self._places, strict=True):
+            part.take(places)
 
 
 class _Part(Protocol):
-    """What of a learner goes into the bucket, and comes out of it."""
+    """What of a learner goes into a bucket, and comes out of it."""
 
     @property
     def examples(self) -> list[Tensor]:
@@ -79,42 +104,59 @@ class _Part(Protocol):
     def begin(self) -> None:
         """Before the learner looks at tasks."""
 
-    def put(self, views: list[Tensor], tasks: Tensor) -> None:
-        """Put what this rank has into places that are zero, to be added up over ranks."""
+    def put(self, places: list[Tensor]) -> None:
+        """Put what this rank has into all of the places."""
 
-    def take(self, views: list[Tensor], tasks: Tensor) -> None:
-        """Take out what the places add up to over all tasks."""
+    def take(self, places: list[Tensor]) -> None:
+        """Take out what all ranks together have there."""
 
 
 class _Gradients:
-    """The mean of gradients. A weight that no rank's tasks used has none."""
+    """The mean of gradients, side by side. A weight that no rank's tasks used has none."""
 
     def __init__(self, learner: nn.Module) -> None:
         self.parameters = [weight for weight in learner.parameters() if weight.requires_grad]
-        there = torch.zeros(len(self.parameters), device=_device(self.parameters))
-        self.examples = [there, *self.parameters]
+        self._there = torch.ones(len(self.parameters), device=_device(self.parameters))
+        self._sizes = [weight.numel() for weight in self.parameters]
+        self._apart: list[Tensor] = []  # the places, weight by weight
+
+    @property
+    def examples(self) -> list[Tensor]:
+        dtype = reduce(torch.promote_types, [w.dtype for w in self.parameters], torch.float32)
+        return [self._there, self._there.new_empty((), dtype=dtype).expand(sum(self._sizes))]
 
     def begin(self) -> None:
         pass
 
-    def put(self, views: list[Tensor], tasks: Tensor) -> None:
-        there, *gradients = views
-        found = [weight.grad is not None for weight in self.parameters]
-        there.copy_(torch.tensor(found, dtype=there.dtype))
-        _copy([weight.grad for weight in self.parameters], gradients)
-        if gradients:
-            torch._foreach_mul_(gradients, tasks)
+    def put(self, places: list[Tensor]) -> None:
+        there, flat = places
+        if not self._apart:
+            parts = zip(flat.split(self._sizes), self.parameters, strict=True)
+            self._apart = [part.view(weight.shape) for part, weight in parts]
+        gradients = [weight.grad for weight in self.parameters]
+        found = [gradient for gradient in gradients if gradient is not None]
+        if found and len(found) == len(gradients) and {g.dtype for g in found} == {flat.dtype}:
+            there.copy_(self._there)
+            torch.cat([gradient.reshape(-1) for gradient in found], out=flat)
+            return
+        there.copy_(torch.tensor([gradient is not None for gradient in gradients]))
+        flat.zero_()
+        _copy(gradients, self._apart)
 
-    def take(self, views: list[Tensor], tasks: Tensor) -> None:
-        there, *gradients = views
+    def take(self, places: list[Tensor]) -> None:
+        there, _ = places
         if any(weight.grad is None for weight in self.parameters):  # elsewhere it may not be
             for weight, count in zip(self.parameters, there.tolist(), strict=True):
                 if weight.grad is None and count:
                     weight.grad = torch.empty_like(weight)
-        if gradients:
-            torch._foreach_div_(gradients, tasks)
-        # not the views themselves: fused optimizers want gradients that lie as their weights do
-        _copy(gradients, [weight.grad for weight in self.parameters])
+        for weight, mean in zip(self.parameters, self._apart, strict=True):
+            if weight.grad is None:
+                continue
+            # fused optimizers want gradients that lie as their weights do
+            if weight.is_contiguous() and weight.dtype == mean.dtype:
+                weight.grad = mean
+            else:
+                weight.grad.copy_(mean)
 
 
 class _Buffer(NamedTuple):
@@ -172,18 +214,20 @@ class _Followed(_Buffers):
         if self.layers:
             self._counts = self._counted()
 
-    def put(self, views: list[Tensor], tasks: Tensor) -> None:
+    def put(self, places: list[Tensor]) -> None:
         if not self.layers:
             return
-        counts, moved = (view[self.ranks.rank] for view in views)
+        for place in places:
+            place.zero_()
+        counts, moved = (place[self.ranks.rank] for place in places)
         counts.copy_(self._counted() - self._counts)
         now = torch.cat([buffer.tensor for buffer in self.buffers])
         moved.copy_(now - self._kept(counts) * torch.cat(self._before))
 
-    def take(self, views: list[Tensor], tasks: Tensor) -> None:
+    def take(self, places: list[Tensor]) -> None:
         if not self.layers:
             return
-        counts, moved = views
+        counts, moved = places
         now = torch.cat(self._before)
         for kept, by in zip(self._kept(counts), moved, strict=True):
             now = kept * now + by
@@ -223,13 +267,13 @@ class _Moved(_Buffers):
             ]
         )
 
-    def put(self, views: list[Tensor], tasks: Tensor) -> None:
-        for view, buffer, before in zip(views, self.buffers, self._before, strict=True):
-            view.copy_((buffer.tensor - before) * tasks)
+    def put(self, places: list[Tensor]) -> None:
+        for place, buffer, before in zip(places, self.buffers, self._before, strict=True):
+            place.copy_(buffer.tensor - before)
 
-    def take(self, views: list[Tensor], tasks: Tensor) -> None:
-        for view, buffer, before in zip(views, self.buffers, self._before, strict=True):
-            buffer.tensor.copy_(before + view / tasks)
+    def take(self, places: list[Tensor]) -> None:
+        for place, buffer, before in zip(places, self.buffers, self._before, strict=True):
+            buffer.tensor.copy_(before + place)
 
 
 def _follows(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.auto import RANKS_HERE
 from metabatch_cli.config.errors import UserError, explain
+from metabatch_cli.engine.shared_sums import FEW, Room, SharedSums
 
 T = TypeVar("T")
 
@@ -62,6 +63,17 @@ class Ranks:
     def sum(self, numbers: Tensor) -> None:
         """Add up the numbers of all ranks, in place, on every rank to the same bits."""
 
+    def mean(self, numbers: Tensor) -> None:
+        """Make numbers the mean over the ranks, in place, on every rank to the same bits.
+
+        Args:
+            numbers: the last one is the weight of this rank's, and becomes the sum of weights.
+        """
+        values, weight = numbers[:-1], numbers[-1:]
+        values.mul_(weight)
+        self.sum(numbers)
+        values.div_(weight.clamp(min=1))
+
     def own_device(self, device: str) -> str:
         """The device of this rank, where `device` is that of the first one on each machine."""
         return device
@@ -80,7 +92,10 @@ def refuse_other_group() -> None:
 
 
 class Group(Ranks):
-    """Several processes, over gloo; sums on GPUs go over NCCL where each rank has its own.
+    """Several processes, over gloo.
+
+    Sums on GPUs go over NCCL where each rank has its own; those on the CPU, where all are on one
+    machine, through memory that they share.
 
     A rank that fails leaves its words for the others, and each gives a sign of life twice a second,
     so that those who wait in vain can say what happened. They meet when they first need each other.
@@ -110,7 +125,11 @@ class Group(Ranks):
         # another connection: one that waits would keep the signs back
         self._heart = _Heart(dist.PrefixStore("metabatch", cast(Any, store).clone()), rank)
         self._all = range(size)
+        self._others = [other for other in self._all if other != rank]
         self._bulk: dist.ProcessGroup | None = None
+        self._shared: SharedSums | None = None
+        self._may_share = True  # as far as is known
+        self._beats: dict[int, tuple[bytes, float]] = {}  # the last one of each, and since when
         self._met = False
 
     def _meet(self) -> None:
@@ -152,17 +171,31 @@ class Group(Ranks):
         return [_unpacked(box[:length]) for box, length in zip(boxes, lengths, strict=True)]
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
+        if self._shared is not None and len(numbers) <= FEW:
+            with self._waiting():
+                return self._shared.largest(numbers)
         found = torch.tensor(numbers, dtype=torch.int64)
         with self._waiting():
             _finish(dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True))
         return found.tolist()
 
     def sum(self, numbers: Tensor) -> None:
+        shared = self._sharing(numbers)
         with self._waiting():
-            if self._bulk is not None:
+            if shared is not None:
+                shared.sum(numbers)
+            elif self._bulk is not None:
                 dist.all_reduce(numbers, group=self._bulk)  # queued on the GPU
             else:
                 _finish(dist.all_reduce(numbers, async_op=True))
+
+    def mean(self, numbers: Tensor) -> None:
+        shared = self._sharing(numbers)
+        if shared is None:
+            super().mean(numbers)
+            return
+        with self._waiting():
+            shared.mean(numbers)
 
     def own_device(self, device: str) -> str:
         kind, _, first = device.partition(":")
@@ -179,6 +212,29 @@ class Group(Ranks):
         if all(self.gather(alone_on_it and dist.is_nccl_available())):
             with self._waiting():
                 self._bulk = dist.new_group(backend="nccl", timeout=self._timeout)
+
+    def _sharing(self, numbers: Tensor) -> SharedSums | None:
+        """Memory with room for all ranks' numbers; None if they cannot share it.
+
+        All of them ask for it at the same time.
+        """
+        if not self._may_share or numbers.device.type != "cpu":
+            return None
+        if self._shared is not None and numbers.nbytes <= self._shared.size:
+            return self._shared
+        made = Room.made(self.size, numbers.nbytes) if self.leads else None
+        offer = self.from_leader(made and made[1])
+        room = made[0] if made else None
+        if offer is not None and not self.leads:
+            room = Room.found(offer)
+        (missing,) = self.largest([room is None])
+        if room is not None:
+            room.close()
+        if missing or room is None:
+            self._shared, self._may_share = None, False
+        else:
+            self._shared = SharedSums(room, self.rank, self.size, self._refuse_to_wait)
+        return self._shared
 
     # --- who is gone -------------------------------------------------------------------------
 
@@ -208,12 +264,30 @@ class Group(Ranks):
         except RuntimeError:
             return RankLost("rank 0, which holds the processes together, is gone")
 
+    def _refuse_to_wait(self, waited: float) -> None:
+        """Raise RuntimeError if a rank will not come any more."""
+        failed = any(self._store.check([f"failed/{rank}"]) for rank in self._others)
+        if failed or self._what_ended() or self._silent() is not None:
+            raise RuntimeError("a rank is gone")
+        if waited > self._timeout.total_seconds():
+            raise RuntimeError(f"a rank did not come within {waited:.0f} s")
+
+    def _silent(self) -> int | None:
+        """A rank that has given no sign of life for too long."""
+        for rank in self._others:
+            key = f"beat/{rank}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
+            last, since = self._beats.get(rank, (None, time.monotonic()))
+            if beat != last:
+                self._beats[rank] = beat, time.monotonic()
+            elif time.monotonic() - since > _SILENCE:
+                return rank
+        return None
+
     def _who_is_gone(self, cause: str) -> RankLost:
-        others = [rank for rank in self._all if rank != self.rank]
-        beats: dict[int, tuple[bytes, float]] = {}
         until = time.monotonic() + 2 * _SILENCE
         while time.monotonic() < until:
-            for rank in others:
+            for rank in self._others:
                 if self._store.check([f"failed/{rank}"]):
                     words = json.loads(self._store.get(f"failed/{rank}"))
                     lost = RankLost(f"{self._name(rank)} failed: {words['said']}")
@@ -221,14 +295,9 @@ class Group(Ranks):
                     return lost
             for rank, how in self._what_ended().items():
                 return RankLost(f"{self._name(rank)} {how}")
-            for rank in others:
-                key = f"beat/{rank}"
-                beat = self._store.get(key) if self._store.check([key]) else b""
-                last, since = beats.get(rank, (None, time.monotonic()))
-                if beat != last:
-                    beats[rank] = beat, time.monotonic()
-                elif time.monotonic() - since > _SILENCE:
-                    return RankLost(f"{self._name(rank)} is gone")
+            silent = self._silent()
+            if silent is not None:
+                return RankLost(f"{self._name(silent)} is gone")
             time.sleep(0.05)
         return RankLost(f"the processes lost each other: {cause}")
 
