@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from metabatch_cli.batching.auto import RANKS_HERE
 from metabatch_cli.config.errors import UserError, explain
-from metabatch_cli.engine.shared_sums import FEW, Room, SharedSums
+from metabatch_cli.engine.shared_sums import FEW, Room, SharedSums, is_running
 
 T = TypeVar("T")
 
@@ -129,7 +130,6 @@ class Group(Ranks):
         self._bulk: dist.ProcessGroup | None = None
         self._shared: SharedSums | None = None
         self._may_share = True  # as far as is known
-        self._beats: dict[int, tuple[bytes, float]] = {}  # the last one of each, and since when
         self._met = False
 
     def _meet(self) -> None:
@@ -227,13 +227,14 @@ class Group(Ranks):
         room = made[0] if made else None
         if offer is not None and not self.leads:
             room = Room.found(offer)
-        (missing,) = self.largest([room is None])
+        processes = self.gather(None if room is None else os.getpid())
         if room is not None:
             room.close()
-        if missing or room is None:
+        if room is None or None in processes:
             self._shared, self._may_share = None, False
         else:
-            self._shared = SharedSums(room, self.rank, self.size, self._refuse_to_wait)
+            check = partial(self._refuse_to_wait, cast(list[int], processes))
+            self._shared = SharedSums(room, self.rank, self.size, check)
         return self._shared
 
     # --- who is gone -------------------------------------------------------------------------
@@ -264,27 +265,16 @@ class Group(Ranks):
         except RuntimeError:
             return RankLost("rank 0, which holds the processes together, is gone")
 
-    def _refuse_to_wait(self, waited: float) -> None:
-        """Raise RuntimeError if a rank will not come any more."""
+    def _refuse_to_wait(self, processes: Sequence[int], waited: float) -> None:
+        """Raise RuntimeError if one of the ranks' processes on this machine will not come."""
         failed = any(self._store.check([f"failed/{rank}"]) for rank in self._others)
-        if failed or self._what_ended() or self._silent() is not None:
+        if failed or not all(map(is_running, processes)):
             raise RuntimeError("a rank is gone")
         if waited > self._timeout.total_seconds():
             raise RuntimeError(f"a rank did not come within {waited:.0f} s")
 
-    def _silent(self) -> int | None:
-        """A rank that has given no sign of life for too long."""
-        for rank in self._others:
-            key = f"beat/{rank}"
-            beat = self._store.get(key) if self._store.check([key]) else b""
-            last, since = self._beats.get(rank, (None, time.monotonic()))
-            if beat != last:
-                self._beats[rank] = beat, time.monotonic()
-            elif time.monotonic() - since > _SILENCE:
-                return rank
-        return None
-
     def _who_is_gone(self, cause: str) -> RankLost:
+        beats: dict[int, tuple[bytes, float]] = {}
         until = time.monotonic() + 2 * _SILENCE
         while time.monotonic() < until:
             for rank in self._others:
@@ -295,9 +285,14 @@ class Group(Ranks):
                     return lost
             for rank, how in self._what_ended().items():
                 return RankLost(f"{self._name(rank)} {how}")
-            silent = self._silent()
-            if silent is not None:
-                return RankLost(f"{self._name(silent)} is gone")
+            for rank in self._others:
+                key = f"beat/{rank}"
+                beat = self._store.get(key) if self._store.check([key]) else b""
+                last, since = beats.get(rank, (None, time.monotonic()))
+                if beat != last:
+                    beats[rank] = beat, time.monotonic()
+                elif time.monotonic() - since > _SILENCE:
+                    return RankLost(f"{self._name(rank)} is gone")
             time.sleep(0.05)
         return RankLost(f"the processes lost each other: {cause}")
 

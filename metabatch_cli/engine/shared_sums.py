@@ -166,6 +166,16 @@ class SharedSums:
                 self._check(now - begun)
 
 
+def is_running(process: int) -> bool:
+    """Whether a process of this machine has not ended; one that is stopped has not."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 def _beginning_of_sums(ranks: int) -> int:
     return _whole_lines(_LINE * (1 + ranks) + 2 * ranks * FEW * 8)
 

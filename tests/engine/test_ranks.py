@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metabatch_cli.config.errors import UserError
-from metabatch_cli.engine import ranks
+from metabatch_cli.engine import ranks, shared_sums
 from metabatch_cli.engine.average import Averaging
 from metabatch_cli.engine.ranks import RankLost, Ranks
 from metabatch_cli.engine.run import train
+from metabatch_cli.engine.shared_sums import SharedSums
 from metabatch_cli.engine.stop import Stopped
 from tests.engine.examples import TINY, Watcher, asked, learner, new_directory, rows, state
 
@@ -241,6 +242,21 @@ ACCUMULATED = (*SINE, "trainer.accumulate=2", "trainer.clip_norm=0.1")
 def test_two_processes_learn_what_one_does(trainings):
     for directory, overrides in zip(together(*trainings), trainings, strict=True):
         assert_the_same(directory, alone(*overrides))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_ranks_of_one_machine_share_memory_where_they_can(monkeypatch, shares):
+    shares = shares and shared_sums._stores_are_seen_in_order()
+    monkeypatch.setattr(shared_sums, "_stores_are_seen_in_order", lambda: shares)
+    used = []
+    for name in ("sum", "mean", "largest"):
+        plain = getattr(SharedSums, name)
+        monkeypatch.setattr(
+            SharedSums, name, lambda *given, n=name, f=plain: (used.append(n), f(*given))[1]
+        )
+    (directory,) = together(SINE)
+    assert set(used) == ({"mean", "largest"} if shares else set())
+    assert_the_same(directory, alone(*SINE))
 
 
 def test_all_begin_with_the_weights_of_rank_zero(monkeypatch):
