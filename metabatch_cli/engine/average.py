@@ -52,11 +52,11 @@ class Averaging:
             return loss
         of_all = self._means.more
         of_all[0], of_all[1] = loss, tasks
-        self._means.put()
+        self._means.put(tasks)
         self.ranks.mean(self._means.flat)
         self._means.take()
         if self._sums.flat.numel():
-            self._sums.put()
+            self._sums.put(tasks)
             self.ranks.sum(self._sums.flat)
             self._sums.take()
         return of_all[0].clone()
@@ -85,9 +85,9 @@ class _Bucket:
         for part in self.parts:
             part.begin()
 
-    def put(self) -> None:
+    def put(self, tasks: Tensor) -> None:
         for part, places in zip(self.parts, self._places, strict=True):
-            part.put(places)
+            part.put(places, tasks)
 
     def take(self) -> None:
         for part, places in zip(self.parts, self._places, strict=True):
@@ -104,8 +104,8 @@ class _Part(Protocol):
     def begin(self) -> None:
         """Before the learner looks at tasks."""
 
-    def put(self, places: list[Tensor]) -> None:
-        """Put what this rank has into all of the places."""
+    def put(self, places: list[Tensor], tasks: Tensor) -> None:
+        """Put what this rank has, of so many tasks that count, into all of the places."""
 
     def take(self, places: list[Tensor]) -> None:
         """Take out what all ranks together have there."""
@@ -116,7 +116,7 @@ class _Gradients:
 
     def __init__(self, learner: nn.Module) -> None:
         self.parameters = [weight for weight in learner.parameters() if weight.requires_grad]
-        self._there = torch.ones(len(self.parameters), device=_device(self.parameters))
+        self._there = torch.zeros(len(self.parameters), device=_device(self.parameters))
         self._sizes = [weight.numel() for weight in self.parameters]
         self._apart: list[Tensor] = []  # the places, weight by weight
 
@@ -128,18 +128,21 @@ class _Gradients:
     def begin(self) -> None:
         pass
 
-    def put(self, places: list[Tensor]) -> None:
+    def put(self, places: list[Tensor], tasks: Tensor) -> None:
         there, flat = places
         if not self._apart:
             parts = zip(flat.split(self._sizes), self.parameters, strict=True)
             self._apart = [part.view(weight.shape) for part, weight in parts]
         gradients = [weight.grad for weight in self.parameters]
         found = [gradient for gradient in gradients if gradient is not None]
+        # of no tasks infinite: that there is a gradient the others see even if it counts nothing
+        share = 1 / tasks
         if found and len(found) == len(gradients) and {g.dtype for g in found} == {flat.dtype}:
-            there.copy_(self._there)
+            there.copy_(share)
             torch.cat([gradient.reshape(-1) for gradient in found], out=flat)
             return
-        there.copy_(torch.tensor([gradient is not None for gradient in gradients]))
+        is_there = torch.tensor([gradient is not None for gradient in gradients])
+        there.zero_().masked_fill_(is_there.to(there.device), share.to(there))
         flat.zero_()
         _copy(gradients, self._apart)
 
@@ -214,7 +217,7 @@ class _Followed(_Buffers):
         if self.layers:
             self._counts = self._counted()
 
-    def put(self, places: list[Tensor]) -> None:
+    def put(self, places: list[Tensor], tasks: Tensor) -> None:
         if not self.layers:
             return
         for place in places:
@@ -267,7 +270,7 @@ class _Moved(_Buffers):
             ]
         )
 
-    def put(self, places: list[Tensor]) -> None:
+    def put(self, places: list[Tensor], tasks: Tensor) -> None:
         for place, buffer, before in zip(places, self.buffers, self._before, strict=True):
             place.copy_(buffer.tensor - before)
 

@@ -21,17 +21,21 @@ _LINE = 64  # bytes that processors hand each other at a time
 _TOKEN = 16  # bytes
 _EAGER = 2e-3  # seconds of looking again at once, before some are slept
 _NAP = 1e-4  # seconds
-_GLANCE = 0.2  # seconds between two looks at who is still there
+_LONGEST_NAP = 5e-3
+_GLANCE = 0.2  # seconds between two looks at who is still there, to begin with
+_LONGEST_GLANCE = 2.0
+_MOST = 256 << 20  # bytes in all; what is larger had better travel part by part
 
 
 class Offer(NamedTuple):
     """Where memory is that another process has made."""
 
+    machine: str
     process: int
     descriptor: int
     size: int
     token: bytes
-    """What stands at its beginning: on another machine the same place is another one."""
+    """What stands at its beginning: in another container the same place is another one."""
 
 
 class Room:
@@ -47,19 +51,23 @@ class Room:
     @classmethod
     def made(cls, ranks: int, size: int) -> tuple[Room, Offer] | None:
         """Room for sums of `size` bytes over so many ranks; None where it cannot be made."""
-        if not _stores_are_seen_in_order():
+        total = _beginning_of_sums(ranks) + 2 * ranks * _whole_lines(size)
+        if not _stores_are_seen_in_order() or total > _MOST:
             return None
         try:
-            segment = Segment(_beginning_of_sums(ranks) + 2 * ranks * _whole_lines(size))
+            segment = Segment(total)
         except OSError:
             return None
         token = os.urandom(_TOKEN)
         segment.array()[:_TOKEN] = np.frombuffer(token, np.uint8)
-        return cls(segment), Offer(os.getpid(), segment.descriptor, segment.size, token)
+        offer = Offer(_machine(), os.getpid(), segment.descriptor, segment.size, token)
+        return cls(segment), offer
 
     @classmethod
     def found(cls, offer: Offer) -> Room | None:
         """That of another process; None where this one cannot reach it."""
+        if offer.machine != _machine():
+            return None
         with suppress(OSError, ValueError):
             path = f"/proc/{offer.process}/fd/{offer.descriptor}"
             room = cls(Segment(offer.size, os.open(path, os.O_RDWR | os.O_CLOEXEC)))
@@ -155,15 +163,19 @@ class SharedSums:
 
     def _wait_for(self, other: int) -> None:
         arrived, begun = self._arrived, time.monotonic()
-        looked = begun
+        next_glance = _GLANCE
         while arrived[other] < self._meetings:
             os.sched_yield()
-            now = time.monotonic()
-            if now - begun > _EAGER:
-                time.sleep(_NAP)
-            if now - looked > _GLANCE:
-                looked = now
-                self._check(now - begun)
+            waited = time.monotonic() - begun
+            if waited > _EAGER:
+                time.sleep(min(_NAP + waited / 100, _LONGEST_NAP))
+            if waited > next_glance:
+                next_glance = waited + min(max(waited, _GLANCE), _LONGEST_GLANCE)
+                try:
+                    self._check(waited)
+                except RuntimeError:
+                    if arrived[other] < self._meetings:  # it may have come, and gone since
+                        raise
 
 
 def is_running(process: int) -> bool:
@@ -171,9 +183,18 @@ def is_running(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat") as file:
             state = file.read().rpartition(")")[2].split()[0]
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:  # nobody knows
+        return True
     return state not in "ZX"
+
+
+def _machine() -> str:
+    """What tells this machine from others, until it is started again; nothing where unknown."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return ""
 
 
 def _beginning_of_sums(ranks: int) -> int:

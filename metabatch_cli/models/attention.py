@@ -64,7 +64,10 @@ def attend(
         mask = mask.log() if are_counts(mask) else mask
         q, k, v = (_by_head(part, heads) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        attended = _side_by_side(attended.flatten(0, 1), heads, value.shape)
+        if value.dim() == 3:
+            attended = attended.transpose(1, 2).flatten(2)  # mostly as it lies
+        else:
+            attended = _side_by_side(attended.flatten(0, 1), heads, value.shape)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
@@ -81,8 +84,8 @@ def attend_onto(
         parts: queries, keys and values as of `attend`; or, of points that attend to each other,
             all three side by side in one tensor `[tasks, n, 3 · width]`.
         heads, mask, scale: as of `attend`.
-        steep: whether logits are expected to be hundreds apart. A softmax that overflows unless
-            the largest is found first is then not tried.
+        steep: whether logits are expected to be hundreds apart. Then nothing is tried that would
+            overflow unless the largest is found first. It changes roundings only.
     """
     query, key, value = parts * 3 if len(parts) == 1 else parts
     if _in_cache(query, key, heads) and value.dim() == 3 and _everybody_sees(mask):
@@ -115,9 +118,10 @@ class _AttentionInCache(torch.autograd.Function):
 
     Keys come first in the logits: over a last dimension shorter than a vector of the processor,
     as few keys are, a softmax would take up to ten times as long. And exponentials are taken of
-    the logits as they are: finding the largest of each task and query takes longer than all else,
-    and is done only if a sum turns out too large or too small. They are powers of 2, for which
-    torch has its own vectorised kernel; that of e is MKL's, four times slower on AMD.
+    the logits as they are, where these are not expected to be `steep`: finding the largest of each
+    task and query takes longer than all else, and is done only if a sum turns out too large or too
+    small. They are powers of 2, for which torch has its own vectorised kernel; that of e is MKL's,
+    four times slower on AMD.
 
     In float32 under autocast. Not to be differentiated twice.
     """

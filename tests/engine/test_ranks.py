@@ -129,6 +129,29 @@ def test_ranks_of_unequal_parts_have_the_mean_over_all_tasks(cut):
         assert module.steps == 1
 
 
+@pytest.mark.parametrize("counts", [(0, 3), (0, 0), (2, 3)])
+def test_ranks_agree_on_which_weights_have_gradients_also_if_they_count_nothing(counts):
+    found: list = [None, None]
+
+    def step(rank: int) -> None:
+        module = Weighted()
+        average = Averaging(module, OneOfTwo(rank))
+        average.begin()
+        used = module.weight.sum() + (module.rare if rank == 0 else 0)
+        used.backward()
+        average(used.detach(), torch.tensor(counts[rank]))
+        found[rank] = module
+
+    threads = [Thread(target=step, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for module in found:
+        assert module.rare.grad == counts[0] / max(sum(counts), 1)
+        assert module.unused.grad is None
+
+
 class Normalising(nn.Module):
     """Batch normalisation of tasks that have points, and of those that have more than three."""
 
@@ -244,10 +267,13 @@ def test_two_processes_learn_what_one_does(trainings):
         assert_the_same(directory, alone(*overrides))
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_ranks_of_one_machine_share_memory_where_they_can(monkeypatch, shares):
-    shares = shares and shared_sums._stores_are_seen_in_order()
-    monkeypatch.setattr(shared_sums, "_stores_are_seen_in_order", lambda: shares)
+@pytest.mark.parametrize("can", ["all", "one", "none"])
+def test_ranks_of_one_machine_share_memory_where_they_can(monkeypatch, can):
+    shares = can == "all" and shared_sums._stores_are_seen_in_order()
+    if can == "none":
+        monkeypatch.setattr(shared_sums, "_stores_are_seen_in_order", lambda: False)
+    elif can == "one":
+        monkeypatch.setattr(shared_sums, "_machine", lambda: "where nobody else is")
     used = []
     for name in ("sum", "mean", "largest"):
         plain = getattr(SharedSums, name)

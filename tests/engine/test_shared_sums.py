@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from metabatch_cli.engine import shared_sums
-from metabatch_cli.engine.shared_sums import Offer, Room, SharedSums, is_running
+from metabatch_cli.engine.shared_sums import Room, SharedSums, is_running
 
 pytestmark = pytest.mark.skipif(
     not shared_sums._stores_are_seen_in_order(), reason="ranks share memory on Linux, x86 only"
@@ -87,6 +87,7 @@ def test_memory_of_somebody_else_is_not_taken_for_ours():
     room, offer = Room.made(2, 64)
     assert Room.found(offer) is not None
     assert Room.found(offer._replace(token=bytes(16))) is None
+    assert Room.found(offer._replace(machine="another")) is None
     assert Room.found(offer._replace(descriptor=10**6)) is None
     room.close()
     assert Room.found(offer) is None
@@ -96,9 +97,11 @@ def test_where_memory_is_short_there_is_no_room(monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError("no space")
 
+    _, offer = Room.made(2, 64)
+    assert Room.made(2, 1 << 30) is None
     monkeypatch.setattr(shared_sums, "Segment", refuse)
     assert Room.made(2, 64) is None
-    assert Room.found(Offer(os.getpid(), 0, 64, bytes(16))) is None
+    assert Room.found(offer) is None
 
 
 def test_who_waits_is_told_now_and_then_that_it_is_in_vain():
@@ -113,6 +116,17 @@ def test_who_waits_is_told_now_and_then_that_it_is_in_vain():
     with pytest.raises(RuntimeError, match="a rank is gone"):
         SharedSums(room, 0, 2, give_up).largest([1])
     assert np.all(np.diff([0, *told]) > 0.15)
+
+
+def test_who_has_come_is_not_gone_even_if_it_ends_at_once():
+    room, offer = Room.made(2, 64)
+    other = SharedSums(Room.found(offer), 1, 2, nobody_is_gone)
+
+    def come_and_go(waited: float) -> None:
+        other._arrived[1] = 1
+        raise RuntimeError("a rank is gone")
+
+    assert SharedSums(room, 0, 2, come_and_go).largest([1]) == [1]
 
 
 def test_a_process_runs_until_it_ends_even_if_nobody_has_asked_how():
