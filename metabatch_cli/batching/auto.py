@@ -16,6 +16,7 @@ RANKS_HERE = "LOCAL_WORLD_SIZE"  # how many processes of a job share them, as to
 _ENOUGH = 0.2  # seconds of measuring
 _FEWEST, _MOST = 3, 20  # measurements
 _WAITING = 0.03  # part of a step that waiting for tasks may take before workers pay
+_WORKING = 0.9  # part that further threads of a step work; else they wait, and seem busy
 _GAIN = 0.99  # part of the time that a step with workers may take to be worth their memory
 _MOVING = 4e-5  # seconds that a batch of a worker costs the main process at the least
 _STEP = 2e-3  # seconds that a step takes where nobody knows
@@ -52,7 +53,7 @@ def choose_workers(
         return Choice(0, f"{facts}: no need of workers")
 
     def with_workers(count: int) -> float:
-        work = creation + step * busy_cores + _MOVING
+        work = creation + step * (1 + _WORKING * (busy_cores - 1)) + _MOVING
         return max(step + _MOVING, creation / count, work / cores)
 
     times = {count: with_workers(count) for count in range(1, max(cores, 1) + 1)}

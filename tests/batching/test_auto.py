@@ -20,6 +20,7 @@ MS = 1e-3
         (32, 5, 2, 1.0, 2),  # Python beside a small network: two cores share the work
         (32, 5, 16, 1.0, 7),  # as many as keep up, not as many as there are cores
         (32, 64, 8, 1.0, 1),
+        (0.5, 8, 2, 1.95, 1),  # two threads of a small network wait for each other half of the time
         (30, 30, 2, 2.0, 1),  # creating on one core leaves the other idle meanwhile
         (0.5, 1, 2, 3.0, 0),  # a step that keeps all cores busy leaves nothing
         (30, 30, 1, 1.0, 0),
