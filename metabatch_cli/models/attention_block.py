@@ -142,10 +142,11 @@ class _Block(torch.autograd.Function):
         norms, parts = norms_and_parts[:4], norms_and_parts[4:]
         n_inputs = len(parts) // 2
         inputs, weights = parts[:n_inputs], parts[n_inputs:]
-        shape = inputs[0].shape
-        rows = [part.reshape(-1, shape[2]) for part in inputs]
+        tasks, n, _ = inputs[0].shape
+        shape = torch.Size([tasks, n, out.shape[0]])
+        rows = [part.flatten(0, 1) for part in inputs]
         projected = [
-            product(*each).view(shape[0], -1, each[1].shape[0])
+            product(*each).view(tasks, -1, each[1].shape[0])
             for each in zip(rows, weights, (bias, None, None), strict=False)
         ]
         apart = [_by_head(part, block.heads, n_inputs) for part in projected]
@@ -172,12 +173,15 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _Block._last_gradients(ctx, gradient)
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return _Block._gradients(ctx, gradient)
         return _Block._gradients(ctx, gradient)
 
     @staticmethod
     @once_differentiable
     def _last_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _Block._gradients(ctx, gradient)
+        return _Block.backward(ctx, gradient)  # without a graph
 
     @staticmethod
     def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,7 +207,7 @@ class _Block(torch.autograd.Function):
         of_weights = [gradient_of_weight(*each) for each in zip(of_projected, rows, strict=True)]
         needed = ctx.needs_input_grad[9 : 9 + n]
         of_inputs = [
-            product(part, weight.t()).view(shape[0], -1, shape[2]) if needs else None
+            product(part, weight.t()).view(shape[0], -1, weight.shape[1]) if needs else None
             for part, weight, needs in zip(of_projected, weights, needed, strict=True)
         ]
         return None, None, of_bias, *of_out, *of_norm1, *of_norm2, *of_inputs, *of_weights

@@ -63,8 +63,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
     """`linear` of `x [points, inputs]`, for operations that have gradients of their own: it is not
     to be differentiated."""
     if _suits_onednn(x, weight.shape[0]):
-        return _by_onednn(x, weight, bias, relu)
-    y = x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        y = _by_onednn(x, weight, bias)[: x.shape[0]]
+    else:
+        y = x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     return y.relu_() if relu else y
 
 
@@ -79,13 +80,13 @@ def gradient_of_weight(gradient: Tensor, x: Tensor) -> Tensor:
 
 def _suits_onednn(x: Tensor, outputs: int) -> bool:
     """Whether oneDNN may multiply these by weights, and does it faster than MKL."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     if x.numel() * outputs < MANY * torch.get_num_threads() or not _mkl_is_behind():
         return False
     if not (x.is_cpu and x.dtype == torch.float32 and x.shape[-1] >= FEW and outputs >= FEW):
         return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return not (torch.compiler.is_compiling() or inside_transform())
+    return not (torch.is_autocast_enabled("cpu") or inside_transform())
 
 
 @cache
@@ -108,7 +109,10 @@ class _LinearByOneDNN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y = _by_onednn(x, weight, bias, relu)
+        y = _by_onednn(x, weight, bias)
+        if y.shape[0] > x.shape[0]:
+            y.resize_(x.shape[0], y.shape[1])  # a view could not be changed in place
+        y = y.relu_() if relu else y  # oneDNN's own would make 0 of what is not a number
         ctx.save_for_backward(x, weight, *([y] if relu else []))
         return y
 
@@ -119,22 +123,21 @@ class _LinearByOneDNN(torch.autograd.Function):
             gradient = torch.ops.aten.threshold_backward.default(gradient, y[0], 0)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         of_bias = gradient.sum(dim=0) if needs_bias else None
-        if torch.is_grad_enabled():  # these are to be differentiated again
+        if torch.is_grad_enabled() or inside_transform():  # these have gradients again, or tasks
             return gradient @ weight, gradient.t() @ x, of_bias, None
-        of_x = _by_onednn(gradient, weight.t()) if needs_x else None
+        of_x = _by_onednn(gradient, weight.t())[: x.shape[0]] if needs_x else None
         of_weight = _over_points(gradient, x) if needs_weight else None
         return of_x, of_weight, of_bias, None
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """`product`. oneDNN keeps a kernel of almost a megabyte for every number of points: there are
-    only some such numbers, which are reached by points of zeros."""
-    n_points = x.shape[0]
-    if more := -n_points % _step(n_points):
-        return _by_onednn(F.pad(x, (0, 0, 0, more)), weight, bias, relu).resize_(
-            n_points, weight.shape[0]
-        )
-    return _multiplied(x, weight, bias, relu)
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Their product, and behind it what is made of points of zeros.
+
+    oneDNN keeps a kernel of more than half a megabyte for every number of points. With those of
+    zeros there are only some such numbers.
+    """
+    more = -x.shape[0] % _step(x.shape[0])
+    return _multiplied(F.pad(x, (0, 0, 0, more)) if more else x, weight, bias)
 
 
 def _over_points(gradient: Tensor, x: Tensor) -> Tensor:
@@ -153,11 +156,8 @@ def _step(n_points: int) -> int:
     return 1 << max(0, n_points.bit_length() - SIZES.bit_length())
 
 
-def _multiplied(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
-) -> Tensor:
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # of others oneDNN has no fast product
-    return torch.ops.mkldnn._linear_pointwise.default(
-        x, weight, bias, "relu" if relu else "none", [], ""
-    )
+    bias = None if bias is None else bias.contiguous()  # it is taken for that
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")

@@ -90,6 +90,32 @@ def test_attention_to_each_other(monkeypatch, operations, size, masked):
     )
 
 
+@pytest.mark.parametrize("masked", [None, "some"])
+def test_queries_and_keys_may_have_another_width_before_they_are_merged(
+    monkeypatch, operations, masked
+):
+    made, before, mask = block(), nn.Linear(2, WIDTH).double(), masks(masked)
+    query, key, value = inputs()
+    query, key = (part[..., :2].detach().requires_grad_() for part in (query, key))
+    parts = [query, key, value, *made.parameters(), *before.parameters()]
+    found = values_and_gradients(lambda: made(query, key, value, mask, before), parts)
+    assert operations
+    monkeypatch.setattr(attention_block, "in_cache", lambda *_: False)
+    expected = values_and_gradients(lambda: made(query, key, value, mask, before), parts)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gradients_may_be_asked_for_inside_mixed_precision(operations, narrow):
+    made, (query, key, value) = block(torch.float32), inputs()
+    parts = [part.detach().float().requires_grad_() for part in (query, key, value)]
+    loss = made(*parts).square().sum()
+    expected = torch.autograd.grad(loss, parts, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+        torch.testing.assert_close(torch.autograd.grad(loss, parts), expected)
+    assert operations
+
+
 @pytest.mark.parametrize("heads", [1, WIDTH])
 @pytest.mark.parametrize("n", [1, KEYS])
 def test_any_number_of_heads_and_points(monkeypatch, operations, n, heads):

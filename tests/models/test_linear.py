@@ -94,6 +94,66 @@ def test_weights_and_gradients_may_lie_in_memory_as_they_like(by_onednn):
 
 
 @needs_onednn
+def test_a_bias_may_lie_apart_in_memory(by_onednn):
+    x, weight, bias = (part.detach() for part in case((40, 10), 22))
+    for own in (bias.repeat_interleave(2)[::2], bias[:1].expand(22)):
+        torch.testing.assert_close(
+            linear(x, weight, own), F.linear(x, weight, own), rtol=1e-4, atol=1e-4
+        )
+    assert by_onednn
+
+
+@needs_onednn
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_so_through_a_relu(by_onednn, wrong):
+    x, weight, bias = case((33, 16))
+    with torch.no_grad():
+        x[3, 2] = wrong
+    found, expected = (layer(x, weight, bias, relu=True) for layer in (linear, by_torch))
+    assert found[3].isnan().any() or found[3].isinf().any()
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), bias),
+        torch.autograd.grad(expected.sum(), bias),
+        equal_nan=True,
+    )
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(77, 9), (7, 11, 9)])
+def test_what_comes_may_be_changed_in_place(by_onednn, shape):
+    parts = case(shape)
+    found, expected = linear(*parts).mul_(2).relu_(), (by_torch(*parts) * 2).relu()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), parts),
+        torch.autograd.grad(expected.sum(), parts),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@needs_onednn
+def test_many_gradients_at_once_are_those_one_by_one(by_onednn):
+    parts = case((77, 9))
+    y = linear(*parts, relu=True)
+    directions = torch.randn(2, *y.shape)
+    found = torch.autograd.grad(y, parts, directions, is_grads_batched=True, retain_graph=True)
+    for number, direction in enumerate(directions):
+        alone = torch.autograd.grad(y, parts, direction, retain_graph=True)
+        torch.testing.assert_close(
+            tuple(part[number] for part in found), alone, rtol=1e-4, atol=1e-4
+        )
+    assert by_onednn
+
+
+def test_a_compiler_is_not_interrupted(by_onednn):
+    network = nn.Sequential(Linear(16, 32), nn.Tanh(), Linear(32, 8))
+    found = torch._dynamo.explain(network)(torch.randn(3, 7, 16))
+    assert found.graph_break_count == 0
+
+
+@needs_onednn
 def test_what_onednn_multiplied_can_be_differentiated_twice(by_onednn):
     parts = case((37, 9))
 
