@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -88,6 +89,24 @@ def _usual_scale(width: int, heads: int) -> float:
     return 1 / math.sqrt(width // heads)
 
 
+def once_in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For gradients written by hand: computed outside autocast, and not differentiable again.
+
+    The guard against second derivatives costs time, and stands only where there could be one.
+    """
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def chosen(ctx: Any, *gradients: Tensor) -> Any:
+        gradients_of = guarded if torch.is_grad_enabled() else backward
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return gradients_of(ctx, *gradients)
+        return gradients_of(ctx, *gradients)
+
+    return chosen
+
+
 class _AttentionInCache(torch.autograd.Function):
     """`F.scaled_dot_product_attention` where all logits fit in a processor's cache: `attention`.
 
@@ -109,21 +128,8 @@ class _AttentionInCache(torch.autograd.Function):
         return side_by_side(attended, heads, parts[-1].shape)
 
     @staticmethod
+    @once_in_full_precision
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _AttentionInCache._last_gradients(ctx, gradient)
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return _AttentionInCache._gradients(ctx, gradient)
-        return _AttentionInCache._gradients(ctx, gradient)
-
-    @staticmethod
-    @once_differentiable
-    def _last_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _AttentionInCache.backward(ctx, gradient)  # without a graph
-
-    @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, *kept = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in kept]
         gradient = by_head(gradient, ctx.heads).flatten(0, 1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from metabatch_cli.models.attention import (
     attend,
@@ -16,6 +15,7 @@ from metabatch_cli.models.attention import (
     check_heads,
     everybody_sees,
     in_cache,
+    once_in_full_precision,
     put_gradients_of_attention,
     side_by_side,
 )
@@ -170,21 +170,8 @@ class _Block(torch.autograd.Function):
         return y.view(shape)
 
     @staticmethod
+    @once_in_full_precision
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _Block._last_gradients(ctx, gradient)
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return _Block._gradients(ctx, gradient)
-        return _Block._gradients(ctx, gradient)
-
-    @staticmethod
-    @once_differentiable
-    def _last_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _Block.backward(ctx, gradient)  # without a graph
-
-    @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         seen, hidden, more, both, by, out, *others = ctx.saved_tensors
         first, second, norm1, norm2 = (others[start : start + 2] for start in range(0, 8, 2))
         n, others = ctx.n_inputs, others[8:]
