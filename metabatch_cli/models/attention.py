@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
@@ -58,29 +56,55 @@ def attend(
         mask = mask[:, None, :] if mask.dim() == 2 else mask
         seen = mask.any(dim=-1, keepdim=True)
         mask = mask.masked_fill(~seen, 1)  # a row without any key has no softmax
-    if in_cache(query, key, heads):
+    if _in_cache(query, key, heads):
         scale = _usual_scale(query.shape[2], heads) if scale is None else scale
-        attended = _AttentionInCache.apply(heads, scale, mask, query, key, value)
+        attended = _AttentionInCache.apply(heads, scale, mask, False, False, query, key, value)
     else:
         mask = None if mask is None else mask[:, None]
         mask = mask.log() if are_counts(mask) else mask
-        q, k, v = (by_head(part, heads) for part in (query, key, value))
+        q, k, v = (_by_head(part, heads) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         if value.dim() == 3:
             attended = attended.transpose(1, 2).flatten(2)  # mostly as it lies
         else:
-            attended = side_by_side(attended.flatten(0, 1), heads, value.shape)
+            attended = _side_by_side(attended.flatten(0, 1), heads, value.shape)
     return attended if seen is None else attended.masked_fill(~seen, 0)
 
 
-def in_cache(query: Tensor, key: Tensor, heads: int) -> bool:
+def attend_onto(
+    *parts: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    steep: bool = False,
+) -> Tensor:
+    """What `attend` says, added to the queries.
+
+    Args:
+        parts: queries, keys and values as of `attend`; or, of points that attend to each other,
+            all three side by side in one tensor `[tasks, n, 3 · width]`.
+        heads, mask, scale: as of `attend`.
+        steep: whether logits are expected to be hundreds apart. Then nothing is tried that would
+            overflow unless the largest is found first. It changes roundings only.
+    """
+    query, key, value = parts * 3 if len(parts) == 1 else parts
+    if _in_cache(query, key, heads) and value.dim() == 3 and _everybody_sees(mask):
+        if scale is None:
+            scale = _usual_scale(query.shape[2] * len(parts) // 3, heads)
+        mask = None if mask is None else mask[:, None, :]
+        return _AttentionInCache.apply(heads, scale, mask, True, steep, *parts)
+    query, key, value = parts[0].chunk(3, dim=-1) if len(parts) == 1 else parts
+    return query + attend(query, key, value, heads, mask, scale)
+
+
+def _in_cache(query: Tensor, key: Tensor, heads: int) -> bool:
     """Whether `_AttentionInCache` is the fastest: on a CPU, with few logits, not compiled."""
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return 0 < query.shape[:2].numel() * heads * key.shape[1] <= IN_CACHE
 
 
-def everybody_sees(mask: Tensor | None) -> bool:
+def _everybody_sees(mask: Tensor | None) -> bool:
     """Whether every task is known to have a key: by no mask, or by one `[tasks, n_key]`."""
     return mask is None or (mask.dim() == 2 and bool(mask.any(dim=1).all()))
 
@@ -89,113 +113,89 @@ def _usual_scale(width: int, heads: int) -> float:
     return 1 / math.sqrt(width // heads)
 
 
-def once_in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For gradients written by hand: computed outside autocast, and not differentiable again.
-
-    The guard against second derivatives costs time, and stands only where there could be one.
-    """
-    guarded = once_differentiable(backward)
-
-    @wraps(backward)
-    def chosen(ctx: Any, *gradients: Tensor) -> Any:
-        gradients_of = guarded if torch.is_grad_enabled() else backward
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                return gradients_of(ctx, *gradients)
-        return gradients_of(ctx, *gradients)
-
-    return chosen
-
-
 class _AttentionInCache(torch.autograd.Function):
-    """`F.scaled_dot_product_attention` where all logits fit in a processor's cache: `attention`.
+    """`F.scaled_dot_product_attention` where all logits fit in a processor's cache.
 
-    In float32 under autocast. Not to be differentiated twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, heads: int, scale: float, mask: Tensor | None, *parts: Tensor) -> Tensor:
-        """Queries, keys and values as of `attend`; `mask` likewise, with all its dimensions."""
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
-                wide = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
-                return _AttentionInCache.forward(ctx, heads, scale, mask, *wide)
-        kept = [by_head(part, heads).flatten(0, 1) for part in parts]
-        attended, weights = attention(kept, scale, heads, mask)
-        ctx.save_for_backward(weights, *kept)
-        ctx.heads, ctx.scale = heads, scale
-        ctx.shapes = [part.shape for part in parts]
-        return side_by_side(attended, heads, parts[-1].shape)
-
-    @staticmethod
-    @once_in_full_precision
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *kept = ctx.saved_tensors
-        gradients = [torch.empty_like(part) for part in kept]
-        gradient = by_head(gradient, ctx.heads).flatten(0, 1)
-        put_gradients_of_attention(gradients, gradient, weights, kept, ctx.scale)
-        of_parts = [
-            side_by_side(part, ctx.heads, shape)
-            for part, shape in zip(gradients, ctx.shapes, strict=True)
-        ]
-        return None, None, None, *of_parts
-
-
-def attention(
-    parts: Sequence[Tensor],
-    scale: float,
-    heads: int = 1,
-    mask: Tensor | None = None,
-    steep: bool = False,
-    onto_query: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Attention of each task and head by itself, for operations that have gradients of their own.
-
-    Keys come first in the weights: over a last dimension shorter than a vector of the processor,
+    Keys come first in the logits: over a last dimension shorter than a vector of the processor,
     as few keys are, a softmax would take up to ten times as long. And exponentials are taken of
     the logits as they are, where these are not expected to be `steep`: finding the largest of each
     task and query takes longer than all else, and is done only if a sum turns out too large or too
     small. They are powers of 2, for which torch has its own vectorised kernel; that of e is MKL's,
     four times slower on AMD.
 
-    Args:
-        parts: queries `[tasks · heads, n_query, dim]`, keys `[tasks · heads, n_key, dim]`, values
-            `[tasks · heads, n_key, dim_value]`.
-        scale: of the logits.
-        heads: of a task, which have a mask in common.
-        mask: as of `attend`, with all its dimensions, or None.
-        steep: whether logits are expected to be hundreds apart. Then nothing is tried that would
-            overflow unless the largest is found first. It changes roundings only.
-        onto_query: whether the queries are added to what comes.
-
-    Returns:
-        What is attended to, `[tasks · heads, n_query, dim_value]`, and the weights by which,
-        `[tasks · heads, n_key, n_query]`.
+    In float32 under autocast. Not to be differentiated twice.
     """
-    query, key, value = parts
-    weights = _weights(query, key, scale, heads, mask, steep)
-    if onto_query:
-        return torch.baddbmm(query, weights.mT, value), weights
-    return torch.bmm(weights.mT, value), weights
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: int,
+        scale: float,
+        mask: Tensor | None,
+        onto_query: bool,
+        steep: bool,
+        *parts: Tensor,
+    ) -> Tensor:
+        """Queries, keys and values as of `attend`, or one tensor with all three side by side.
 
-def put_gradients_of_attention(
-    gradients: Sequence[Tensor],
-    gradient: Tensor,
-    weights: Tensor,
-    parts: Sequence[Tensor],
-    scale: float,
-    onto_query: bool = False,
-) -> None:
-    """Write into `gradients` those of the three parts, from that of what `attention` returned."""
-    query, key, value = parts
-    of_query, of_key, of_value = gradients
-    of_weights = torch.bmm(value, gradient.mT)
-    of_logits = torch._softmax_backward_data(of_weights, weights, 1, weights.dtype)
-    onto, beta = (gradient, 1) if onto_query else (of_query, 0)
-    torch.baddbmm(onto, of_logits.mT, key, beta=beta, alpha=scale, out=of_query)
-    torch.baddbmm(of_key, of_logits, query, beta=0, alpha=scale, out=of_key)
-    torch.bmm(weights, gradient, out=of_value)
+        Args:
+            mask: as of `attend`, with all its dimensions, or None.
+            onto_query: whether the queries are added to what comes.
+            steep: as of `attend_onto`.
+        """
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                wide = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+                return _AttentionInCache.forward(ctx, heads, scale, mask, onto_query, steep, *wide)
+        if len(parts) == 1:
+            kept = [_three_by_head(parts[0], heads).flatten(1, 2)]
+            query, key, value = kept[0].unbind()
+        else:
+            kept = query, key, value = [_by_head(part, heads).flatten(0, 1) for part in parts]
+        weights = _weights(query, key, scale, heads, mask, steep)
+        ctx.save_for_backward(weights, *kept)
+        ctx.heads, ctx.scale, ctx.onto_query = heads, scale, onto_query
+        ctx.shapes = [part.shape for part in parts]
+        if onto_query:
+            attended = torch.baddbmm(query, weights.mT, value)
+        else:
+            attended = torch.bmm(weights.mT, value)
+        return _side_by_side(attended, heads, parts[-1].shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _AttentionInCache._last_gradients(ctx, gradient)
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return _AttentionInCache._gradients(ctx, gradient)
+        return _AttentionInCache._gradients(ctx, gradient)
+
+    @staticmethod
+    @once_differentiable
+    def _last_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _AttentionInCache.backward(ctx, gradient)  # without a graph
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *kept = ctx.saved_tensors
+        heads, scale = ctx.heads, ctx.scale
+        gradients = [torch.empty_like(part) for part in kept]
+        together = len(kept) == 1
+        query, key, value = kept[0].unbind() if together else kept
+        of_query, of_key, of_value = gradients[0].unbind() if together else gradients
+        gradient = _by_head(gradient, heads).flatten(0, 1)
+        of_weights = torch.bmm(value, gradient.mT)
+        of_logits = torch._softmax_backward_data(of_weights, weights, 1, weights.dtype)
+        onto, beta = (gradient, 1) if ctx.onto_query else (of_query, 0)
+        torch.baddbmm(onto, of_logits.mT, key, beta=beta, alpha=scale, out=of_query)
+        torch.baddbmm(of_key, of_logits, query, beta=0, alpha=scale, out=of_key)
+        torch.bmm(weights, gradient, out=of_value)
+        of_parts = [
+            _side_by_side(part, heads, shape)
+            for part, shape in zip(gradients, ctx.shapes, strict=True)
+        ]
+        return None, None, None, None, None, *of_parts
 
 
 def _weights(
@@ -225,7 +225,7 @@ def _weights(
     return weights.div_(weights.sum(dim=1, keepdim=True))
 
 
-def by_head(part: Tensor, heads: int) -> Tensor:
+def _by_head(part: Tensor, heads: int) -> Tensor:
     """`[tasks, n, width]` → `[tasks, heads, n, width / heads]`.
 
     Samples `[samples, tasks, n, width]` side by side, `[tasks, heads, n, samples · width / heads]`.
@@ -236,14 +236,24 @@ def by_head(part: Tensor, heads: int) -> Tensor:
     return part.view(tasks, n, heads, width // heads).transpose(1, 2)
 
 
-def side_by_side(part: Tensor, heads: int, shape: torch.Size) -> Tensor:
-    """What was made by head of tensors of a shape, tasks and heads in one dimension, put together;
-    n may be another one."""
-    n, width = part.shape[-2:]
+def _three_by_head(parts: Tensor, heads: int) -> Tensor:
+    """Three parts side by side, `[tasks, n, 3 · width]` → `[3, tasks, heads, n, width / heads]`."""
+    tasks, n, width = parts.shape
+    return parts.view(tasks, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+
+
+def _side_by_side(part: Tensor, heads: int, shape: torch.Size) -> Tensor:
+    """What was made by head of tensors of a shape, tasks and heads in one dimension, put together.
+
+    n may be another one, and three parts may have become one.
+    """
+    *front, n, width = part.shape
     if len(shape) == 4:
         samples, tasks = shape[:2]
         apart = part.view(tasks, heads, n, samples, width // samples)
         return apart.permute(3, 0, 2, 1, 4).flatten(3)
+    if len(front) == 2:
+        return part.view(3, shape[0], heads, n, width).permute(1, 3, 0, 2, 4).flatten(2)
     return part.view(shape[0], heads, n, width).transpose(1, 2).flatten(2)
 
 
@@ -261,3 +271,78 @@ def check_heads(width: int, heads: int) -> None:
     """Refuse, with a ValueError, a number of heads that does not divide the width."""
     if width % heads:
         raise ValueError(f"heads={heads} do not divide width={width}")
+
+
+class AttentionBlock(nn.Module):
+    """The attention of attentive neural processes as the TNP paper's code has it.
+
+    `h = LN(Wq·query + attention)`, then `LN(h + relu(Wo·h + b))`; logits are divided by `√width`,
+    not by the root of a head's width (Nguyen & Grover 2022, arXiv:2207.04179, published code).
+
+    Args:
+        width: of all inputs and of the output.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        check_heads(width, heads)
+        self.heads = heads
+        self.scale = 1 / math.sqrt(width)
+        self.projections = nn.Linear(width, 3 * width, bias=False)  # queries, keys and values
+        self.out = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def between(self, points: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
+        """Self-attention: `points [tasks, n, width]` look at each other, each sample's of
+        `[samples, tasks, n, width]` apart.
+
+        Args:
+            mask: as of `attend`; with counts, what comes is of every sample.
+            first: so many points at the beginning also look at each other only; what comes of
+                them is put before the rest, `[tasks, first + n, width]`.
+        """
+        if points.dim() == 4:
+            mask = None if mask is None else mask.repeat(len(points), 1)
+            return self.between(points.flatten(0, 1), mask).unflatten(0, points.shape[:2])
+        parts = self.projections(points)
+        seen = self._attend(parts, mask=mask)
+        if first:
+            alone = self._attend(parts[:, :first], mask=None if mask is None else mask[:, :first])
+            seen = torch.cat([alone, seen], dim=1)
+        return self._finished(seen)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        before: nn.Linear | None = None,
+    ) -> Tensor:
+        """`query [tasks, n_query, width]`, `key`, `value [tasks, n_key, width]` → as `query`;
+        of samples of values, or by counts, as `attend`.
+
+        Args:
+            before: a linear layer that queries and keys have still to go through; it is merged
+                into the block's own, as two products of weights are cheaper than two of points.
+        """
+        width = self.projections.in_features
+        weight, of_value = self.projections.weight.split([2 * width, width])  # queries' and keys'
+        bias = None
+        if before is not None:
+            # the queries' only: what all keys have in common changes no softmax
+            bias = (weight @ before.bias)[:width]
+            weight = weight @ before.weight
+        of_query, of_key = weight.chunk(2)
+        query, key = F.linear(query, of_query, bias), F.linear(key, of_key)
+        value = F.linear(value, of_value)
+        return self._finished(self._attend(query, key, value, mask=mask, steep=True))
+
+    def _attend(self, *parts: Tensor, mask: Tensor | None, steep: bool = False) -> Tensor:
+        return attend_onto(*parts, heads=self.heads, mask=mask, scale=self.scale, steep=steep)
+
+    def _finished(self, seen: Tensor) -> Tensor:
+        hidden = self.norm1(seen.flatten(0, -2))  # all points as rows of one matrix
+        return self.norm2(hidden + self.out(hidden).relu_()).unflatten(0, seen.shape[:-1])

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
+from torch.nn import functional as F
 
 from metabatch_cli.models.cnp import CNP
 from metabatch_cli.models.encoders import Decoder
-from metabatch_cli.models.linear import Linear, linear
 from metabatch_cli.models.masking import mean_of_points
 from metabatch_cli.models.predictive import Paths
 
@@ -33,7 +33,7 @@ class Bootstrapping(nn.Module):
         super().__init__(dim_x, dim_y, **arguments)
         self.sizes = self.decoder.sizes[:-1]
         width = self.decoder.layers[0].out_features
-        self.of_bootstrap = Linear(sum(self.sizes), cast(int, width), bias=False)
+        self.of_bootstrap = nn.Linear(sum(self.sizes), cast(int, width), bias=False)
 
     def forward(
         self,
@@ -63,7 +63,7 @@ class Bootstrapping(nn.Module):
         codes = self.encode(context_x, together, target_x, context_mask)
         of_context, of_samples = zip(*(code.split([1, samples]) for code in codes), strict=True)
         weights = self.of_bootstrap.weight.split(self.sizes, dim=1)
-        parts = [linear(code, own) for code, own in zip(of_samples, weights, strict=True)]
+        parts = [F.linear(code, own) for code, own in zip(of_samples, weights, strict=True)]
         own = [code[0] for code in of_context]
         paths = self.decode(own, target_x, sum(parts[1:], parts[0]))
         return self.decode(own, target_x), Paths(paths, target_mask)

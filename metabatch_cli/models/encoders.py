@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from metabatch_cli.models.attention_block import AttentionBlock
-from metabatch_cli.models.linear import linear
+from metabatch_cli.models.attention import AttentionBlock
 from metabatch_cli.models.masking import mean_of_points
 from metabatch_cli.models.mlp import ACTIVATIONS, Activation, layers
 
@@ -167,8 +167,8 @@ class Decoder(nn.Module):
         """
         first = self.layers[0]
         *of_codes, of_x = first.weight.split(self.sizes, dim=1)  # type: ignore[operator]
-        parts = [linear(x, of_x, first.bias)]  # type: ignore[arg-type]
-        parts += [linear(code, weight) for code, weight in zip(codes, of_codes, strict=True)]
+        parts = [F.linear(x, of_x, first.bias)]  # type: ignore[arg-type]
+        parts += [F.linear(code, weight) for code, weight in zip(codes, of_codes, strict=True)]
         parts += [] if more is None else [more]
         # what all points have in common is added up first
         of_all = [part for part in parts if part.shape[-2] == 1]

@@ -8,11 +8,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn import functional as F
 
 from metabatch_cli.models.attention import attend, begin_as_torchs, check_heads
 from metabatch_cli.models.encoders import with_flag
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
-from metabatch_cli.models.linear import Linear
 from metabatch_cli.models.mlp import layers
 
 
@@ -32,12 +32,12 @@ class PreNormLayer(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.norm_seen = nn.LayerNorm(width) if own_norm else None
-        self.of_query = Linear(width, width)
-        self.of_seen = Linear(width, 2 * width)
-        self.out = Linear(width, width)
+        self.of_query = nn.Linear(width, width)
+        self.of_seen = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.feed1 = Linear(width, hidden)
-        self.feed2 = Linear(hidden, width)
+        self.feed1 = nn.Linear(width, hidden)
+        self.feed2 = nn.Linear(hidden, width)
         begin_as_torchs(self.of_query, self.of_seen, self.out)
 
     def forward(
@@ -49,7 +49,7 @@ class PreNormLayer(nn.Module):
         seen = query if self.norm_seen is None or seen is None else self.norm_seen(seen)
         key, value = self.of_seen(seen).chunk(2, dim=-1)
         tokens = tokens + self.out(attend(self.of_query(query), key, value, self.heads, mask))
-        return tokens + self.feed2(self.feed1(self.norm2(tokens), relu=True))
+        return tokens + self.feed2(F.relu(self.feed1(self.norm2(tokens))))
 
 
 class LBANP(nn.Module):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Annotated, Literal
 
+import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-
-from metabatch_cli.models.linear import Linear
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "silu": nn.SiLU}
 Activation = Literal["relu", "gelu", "tanh", "silu"]
@@ -59,11 +58,25 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
+class SkinnyLinear(nn.Linear):
+    """A linear layer of few inputs, whose gradient takes half the time.
+
+    By the layout of the weights autograd chooses how it multiplies for their gradient. As they are
+    it would be `[outputs, points] · [points, inputs]`, which MKL is slow in where inputs are few
+    (two of them, 128 outputs, 400 points: forth and back 78 µs instead of 39 on an AMD EPYC).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            return super().forward(x)
+        return torch.addmm(self.bias, x, self.weight.t().contiguous())
+
+
 class Layers(nn.Sequential):
     """Linear layers and activations over the last dimension.
 
     All points are rows of one matrix on their way: autograd then has a third as much to do as if
-    every layer turned them into a matrix and back, and a ReLU is part of the layer before it.
+    every layer turned them into a matrix and back, and a ReLU overwrites what a layer says.
     """
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -72,17 +85,13 @@ class Layers(nn.Sequential):
         With `start`, x is what the layers before it made, and may be overwritten.
         """
         shape = x.shape[:-1]
-        parts = list(self)[start:stop]
-        if start and isinstance(next(iter(parts), None), nn.ReLU):
-            x, parts = x.relu_(), parts[1:]
-        x = x.flatten(0, -2) if x.dim() > 2 else x
-        both = False
-        for layer, after in zip_longest(parts, parts[1:]):
-            if both:  # this is the ReLU of the layer before
-                both = False
-                continue
-            both = isinstance(layer, Linear) and isinstance(after, nn.ReLU)
-            x = layer(x, relu=True) if both else layer(x)
+        before = self[start - 1] if start else None
+        for layer in list(self)[start:stop]:
+            if isinstance(layer, nn.ReLU) and isinstance(before, nn.Linear):
+                x = x.relu_()  # not of a view of it: autograd would copy the whole four times
+            else:
+                x = layer(x.flatten(0, -2) if x.dim() > 2 else x)
+            before = layer
         return x if x.shape[:-1] == shape else x.unflatten(0, shape)
 
 
@@ -92,5 +101,6 @@ def layers(dims: Sequence[int], activation: Activation = "relu") -> Layers:
     for number, (inputs, outputs) in enumerate(pairwise(dims)):
         if number:
             parts.append(ACTIVATIONS[activation]())
-        parts.append(Linear(inputs, outputs))
+        kind = SkinnyLinear if 1 < inputs < 8 else nn.Linear
+        parts.append(kind(inputs, outputs))
     return Layers(*parts)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from metabatch_cli.models.attention import attend
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal
-from metabatch_cli.models.linear import Linear
 from metabatch_cli.models.mlp import layers
 
 
@@ -34,9 +33,9 @@ class RotaryLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.of_query = Linear(width, width)
-        self.of_context = Linear(width, 2 * width)
-        self.out = Linear(width, width)
+        self.of_query = nn.Linear(width, width)
+        self.of_context = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
         self.feed = layers([width, hidden, width], "gelu")
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)

@@ -13,7 +13,6 @@ from metabatch_cli.batching.arguments import one_of
 from metabatch_cli.models.attention import attend, begin_as_torchs, check_heads
 from metabatch_cli.models.encoders import with_flag
 from metabatch_cli.models.gaussian import MinSigma, Sigma, normal, positive
-from metabatch_cli.models.linear import Linear
 from metabatch_cli.models.masking import blank, joined_masks
 from metabatch_cli.models.mlp import layers
 from metabatch_cli.models.predictive import Autoregressive, JointNormal, LowRankNormal
@@ -31,11 +30,11 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.of_query = Linear(width, width)
-        self.of_context = Linear(width, 2 * width)
-        self.out = Linear(width, width)
-        self.feed1 = Linear(width, hidden)
-        self.feed2 = Linear(hidden, width)
+        self.of_query = nn.Linear(width, width)
+        self.of_context = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.feed1 = nn.Linear(width, hidden)
+        self.feed2 = nn.Linear(hidden, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         begin_as_torchs(self.of_query, self.of_context, self.out)
@@ -45,7 +44,7 @@ class TransformerLayer(nn.Module):
         key, value = self.of_context(seen).chunk(2, dim=-1)
         attended = attend(self.of_query(tokens), key, value, self.heads, mask)
         rows = self.norm1((tokens + self.out(attended)).flatten(0, 1))
-        rows = self.norm2(rows + self.feed2(self.feed1(rows, relu=True)))
+        rows = self.norm2(rows + self.feed2(self.feed1(rows).relu_()))
         return rows.unflatten(0, tokens.shape[:2])
 
 

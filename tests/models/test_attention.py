@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from metabatch_cli.models import attention
-from metabatch_cli.models.attention import attend
+from metabatch_cli.models.attention import attend, attend_onto
 
 TASKS, QUERIES, KEYS, WIDTH, HEADS = 3, 7, 5, 16, 4
 SHAPES = {"keys": (TASKS, KEYS), "pairs": (TASKS, QUERIES, KEYS), "all tasks": (1, QUERIES, KEYS)}
@@ -57,6 +57,38 @@ def test_exponentials_of_float32_are_as_good_as_torchs(size):
         scale = right.abs().max()
         worst = ((torchs - right).abs().max() / scale).item()
         assert (own - right).abs().max() / scale < 3 * worst + 1e-6
+
+
+@pytest.mark.parametrize("masked", [None, "some", "a task without any", "pairs", "counts"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("steep", [False, True])
+@pytest.mark.parametrize("few", [1, 32])
+def test_what_is_attended_to_can_be_added_to_the_queries(
+    monkeypatch, few, steep, together, size, masked
+):
+    monkeypatch.setattr(attention, "FEW", few)
+    parts = inputs(size)
+    if together:
+        torch.manual_seed(0)
+        side_by_side = torch.randn(TASKS, KEYS, 3 * WIDTH, dtype=torch.float64) * size**0.5
+        parts = [side_by_side.requires_grad_()]
+    query, key, value = parts if len(parts) == 3 else parts[0].chunk(3, dim=-1)
+    mask = None
+    if masked == "counts":
+        mask = torch.randint(3, (2, TASKS, KEYS)).to(query.dtype)
+    elif masked is not None:
+        shape = (TASKS, query.shape[1], KEYS) if masked == "pairs" else (TASKS, KEYS)
+        mask = torch.rand(shape) > 0.5
+        mask[..., 0] = True
+        mask[0] &= masked != "a task without any"
+    seen = attend_onto(*parts, heads=HEADS, mask=mask, steep=steep)
+    monkeypatch.setattr(attention, "IN_CACHE", 0)  # torch's own
+    expected = query + attend(query, key, value, HEADS, mask)
+    torch.testing.assert_close(seen, expected)
+    direction = torch.randn_like(seen)
+    seen, expected = (torch.autograd.grad(of, parts, direction) for of in (seen, expected))
+    torch.testing.assert_close(seen, expected)
 
 
 @pytest.mark.parametrize("hidden", [1e6, float("inf"), float("nan")])
@@ -124,17 +156,18 @@ def test_nothing_that_counts_is_attended_to_as_0():
 
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_in_mixed_precision_attention_is_in_32_bits(backward_inside):
-    narrow = [part.detach().to(torch.bfloat16).requires_grad_() for part in inputs()]
+    parts = torch.cat([part[:, :KEYS] for part in inputs()], dim=2).detach()
+    narrow = parts.to(torch.bfloat16).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        seen = attend(*narrow, heads=HEADS)
+        seen = attend_onto(narrow, heads=HEADS)
         with torch.autocast("cpu", enabled=backward_inside):
-            gradients = torch.autograd.grad(seen.square().sum(), narrow)
-    wide = [part.detach().float().requires_grad_() for part in narrow]
-    expected = attend(*wide, heads=HEADS)
+            (gradient,) = torch.autograd.grad(seen.square().sum(), narrow)
+    wide = narrow.detach().float().requires_grad_()
+    expected = attend_onto(wide, heads=HEADS)
     assert seen.dtype == torch.float32
     torch.testing.assert_close(seen, expected)
-    wanted = torch.autograd.grad(expected.square().sum(), wide)
-    torch.testing.assert_close(gradients, tuple(part.to(torch.bfloat16) for part in wanted))
+    (wanted,) = torch.autograd.grad(expected.square().sum(), wide)
+    torch.testing.assert_close(gradient, wanted.to(torch.bfloat16))
 
 
 def test_a_second_derivative_is_refused_where_it_is_asked_for():
