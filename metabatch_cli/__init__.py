@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from metabatch_cli import mkl
+
 if TYPE_CHECKING:
     from metabatch_cli.batching import PackedTask, PaddedTask, Task, TaskLoader, TaskSet
     from metabatch_cli.config.compose import compose
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from metabatch_cli.engine.run import train
 
 __version__ = "0.1.0"
+
+mkl.widen()  # before anything imports torch
 
 _HOMES = {
     "PackedTask": "metabatch_cli.batching",

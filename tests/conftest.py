@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+import metabatch_cli  # noqa: F401 - before torch: tests compute like the programs they start
+
 # no deadline: machines are shared, and nothing here promises a speed
 settings.register_profile(
     "metabatch",
