@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import multiprocessing
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.util import Finalize
@@ -21,7 +20,7 @@ from metabatch_cli.batching.plan import Plan
 from metabatch_cli.batching.preflight import on_a_gpu, unsendable
 from metabatch_cli.batching.streams import DEVICE_STREAM_VERSION, STREAM_VERSION
 from metabatch_cli.batching.taskset import TaskSet, n_tasks
-from metabatch_cli.batching.transport import Transport
+from metabatch_cli.batching.transport import Transport, start_context
 
 STATE_VERSION = 2
 _FOREVER = 2**62  # steps
@@ -227,10 +226,7 @@ class TaskLoader:
             self._workers = self.choice.workers
 
     def _obstacle(self) -> str | None:
-        method = self.multiprocessing_context
-        if not hasattr(method, "get_start_method"):
-            method = multiprocessing.get_context(method)
-        if method.get_start_method() != "fork":
+        if start_context(self.multiprocessing_context).get_start_method() != "fork":
             return on_a_gpu(self.dataset) or unsendable(self._maker, self.worker_init_fn)
         return on_a_gpu(self.dataset)
 

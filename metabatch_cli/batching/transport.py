@@ -107,14 +107,12 @@ class Transport:
         timeout: float,
         landing: Landing,
     ) -> None:
-        if context is None or isinstance(context, str):
-            context = multiprocessing.get_context(context)
         self.maker = maker
         self.plan = plan
         self.ahead = min(ahead, _AHEAD)
         self.timeout = timeout
         self.landing = landing
-        self._context = context
+        self._context = start_context(context)
         self._first = first
         self._owner = os.getpid()
         self._number = workers
@@ -459,6 +457,19 @@ class Transport:
         for segment in self._segments.values():
             segment.close()
         self._segments = {}
+
+
+def start_context(given: Any) -> Any:
+    """How to start processes: as `given`, a method or a context, else as Python does by default.
+
+    A job of joblib's has a default of joblib's own, whose processes can't be killed or closed.
+    """
+    if given is not None:
+        return multiprocessing.get_context(given) if isinstance(given, str) else given
+    context = multiprocessing.get_context()
+    methods = multiprocessing.get_all_start_methods()  # the first is the system's default
+    known = context.get_start_method() in methods
+    return context if known else multiprocessing.get_context(methods[0])
 
 
 class _Forks:

@@ -137,6 +137,15 @@ def test_one_job_at_a_time_beside_nobody_is_a_sweep_too(tmp_path):
     assert "2 runs of 1 configuration" in done.stdout
 
 
+def test_jobs_beside_each_other_may_have_workers(tmp_path):
+    """As many as they like: the batches are the same."""
+    words = [*SWEEP, "launcher=parallel", "launcher.jobs=2", "seed=0", "loader.workers=0,1"]
+    metabatch(*words, cwd=tmp_path)
+    assert set(untouched(tmp_path)) == {"loader.workers=0", "loader.workers=1"}
+    apart = [found["metrics"] for found in results(tmp_path).values()]
+    assert apart[0] == apart[1]
+
+
 @pytest.mark.slow
 def test_directories_of_ones_own_are_kept_to(tmp_path):
     own = "hydra.sweep.subdir=job${hydra.job.num}"
