@@ -121,7 +121,7 @@ class _AttentionInCache(torch.autograd.Function):
     the logits as they are, where these are not expected to be `steep`: finding the largest of each
     task and query takes longer than all else, and is done only if a sum turns out too large or too
     small. They are powers of 2, for which torch has its own vectorised kernel; that of e is MKL's,
-    four times slower on AMD.
+    four times slower where MKL is not at its widest (metabatch_cli/mkl.py).
 
     In float32 under autocast. Not to be differentiated twice.
     """
