@@ -19,35 +19,54 @@ QUESTION = "mkl_serv_intel_cpu_true"
 ZEN_5 = 26  # AMD's first family of processors whose units are 512 bits wide
 ABILITIES = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 
+_widened = False
 
-def widen(processors: str = "/proc/cpuinfo") -> bool:
+
+def is_widened() -> bool:
+    """Whether the library was loaded, here or in the process that this one is a fork of.
+
+    Two processes of one machine that agree in this compute alike, to the bit.
+    """
+    return _widened
+
+
+def widen(processors: str = "/proc/cpuinfo") -> None:
     """Load the library whose answer is yes, where that is wanted and torch is not loaded yet.
 
-    What a process can't have, those that it starts shall not have either: to the bit, they must
-    compute alike.
+    What this process can't have, those that it starts shall not have either.
 
     Args:
         processors: the file in which Linux describes them.
-
-    Returns:
-        Whether MKL will use what the processor can do.
     """
+    global _widened
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "0", "1"):
         warnings.warn(f"{SWITCH}={wanted!r} is neither 0 nor 1, and says nothing", stacklevel=2)
     if wanted == "0" or not (wanted == "1" or gains(processors)):
-        return False
-    hindrance = "torch was imported before metabatch_cli" if "torch" in sys.modules else None
-    try:
-        if hindrance is None:
-            _load(library(QUESTION))
-            return True
-    except (OSError, AttributeError) as error:  # not Linux, or nothing is loaded from memory
-        hindrance = str(error)
+        return
+    hindrance = "torch was imported before metabatch_cli"
+    if "torch" not in sys.modules:
+        try:
+            _load(library(QUESTION), QUESTION)
+        except (OSError, AttributeError) as error:  # not Linux, or nothing is loaded from memory
+            hindrance = str(error)
+        else:
+            _widened = True
+            return
     if wanted == "1":
         warnings.warn(f"{SWITCH}=1 has no effect: {hindrance}", stacklevel=2)
     os.environ[SWITCH] = "0"
-    return False
+
+
+def refuse_other(parent: bool) -> None:
+    """Raise RuntimeError if what `is_widened` says in the parent process is not so here."""
+    if parent != is_widened():
+        wide, narrow = ("its parent", "it") if parent else ("it", "its parent")
+        raise RuntimeError(
+            f"MKL may use AVX-512 in {wide} and not in {narrow}, so that this process would not "
+            "compute to the last bit as its parent does: import metabatch_cli before torch in both "
+            f"(in a forkserver too, where that preloads torch), or start both with {SWITCH}=0"
+        )
 
 
 def gains(processors: str) -> bool:
@@ -107,11 +126,17 @@ def library(function: str) -> bytes:
     return b"".join(first).ljust(page, b"\0") + dynamic
 
 
-def _load(content: bytes) -> ctypes.CDLL:
-    """Make a library's functions known to all that are loaded later."""
+def _load(content: bytes, function: str) -> None:
+    """Make a library's function known to all that are loaded later.
+
+    Raises:
+        OSError, AttributeError: it can't be loaded, or it has no such function.
+    """
     file = os.memfd_create("mkl")
     try:
         os.write(file, content)
-        return ctypes.CDLL(f"/proc/self/fd/{file}", mode=ctypes.RTLD_GLOBAL)
+        # to the loader two files of one name are one: others come as /proc/self/fd/N too
+        loaded = ctypes.CDLL(f"/proc/self/task/../fd/{file}", mode=ctypes.RTLD_GLOBAL)
+        getattr(loaded, function)
     finally:
         os.close(file)

@@ -15,12 +15,12 @@ import metabatch_cli
 ROOT = Path(__file__).parents[1]
 
 # what each part may import of ours beside itself: all that is below it
-LEARNING = {"learners", "models", "batching"}
+LEARNING = {"learners", "models", "batching", "mkl"}
 MAY_IMPORT = {
     "mkl": set(),
-    "batching": set(),
-    "models": {"batching"},
-    "learners": {"models", "batching"},
+    "batching": {"mkl"},
+    "models": {"batching", "mkl"},
+    "learners": {"models", "batching", "mkl"},
     "engine": LEARNING | {"engine", "report", "config"},
     "report": LEARNING | {"engine", "report", "config"},
     "config": LEARNING | {"engine", "report", "config"},
@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "commands": LEARNING | {"engine", "report", "config", "sweeps", "tasksets", "bench"},
     "app": LEARNING | {"engine", "report", "config", "sweeps", "tasksets", "bench", "commands"},
     "__main__": {"app"},
-    "tasksets": {"batching"},
+    "tasksets": {"batching", "mkl"},
 }
 
 

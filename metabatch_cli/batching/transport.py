@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from metabatch_cli import mkl
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.landing import Landing
 from metabatch_cli.batching.packing import Incoming
@@ -350,7 +351,7 @@ class Transport:
                 resource_tracker.ensure_running()
             if method == "forkserver":
                 forkserver.ensure_running()
-            own = self._first, torch.get_default_dtype()
+            own = self._first, torch.get_default_dtype(), mkl.is_widened()
             process: Any = self._context.Process(
                 target=work,
                 args=(theirs, os.getpid(), number, self.maker, self.plan, *own),

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from metabatch_cli import mkl
 from metabatch_cli.batching.create import BatchMaker
 from metabatch_cli.batching.packing import Packer
 from metabatch_cli.batching.plan import Plan
@@ -79,6 +80,7 @@ def work(
     plan: Plan,
     first: Callable[[int], None] | None,
     dtype: torch.dtype,
+    widened: bool,
 ) -> None:
     """Make what the main process asks for until it says None.
 
@@ -89,6 +91,7 @@ def work(
         maker, plan: from a step to its batch.
         first: the user's `worker_init_fn`.
         dtype: torch's default type of floats in the main process.
+        widened: whether MKL may use AVX-512 in it (see mkl.py).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_later)
@@ -104,13 +107,7 @@ def work(
 
     packer = Packer()
     segments: dict[int | None, np.ndarray | None] = {None: None}
-    spoiled: Failure | None = None
-    try:
-        if first is not None:
-            first(number)
-    except BaseException as error:
-        error.add_note(f"in worker_init_fn({number})")
-        spoiled = failure(error, number)
+    spoiled = _begin(first, number, widened)
     maker.preserves = False
     # a main process that is gone ends this one quietly
     with borrowed_global_generators(), suppress(EOFError, ConnectionError):
@@ -124,6 +121,21 @@ def work(
             else:
                 segment = segments[order.segment]
                 connection.send(_make(order, segment, packer, maker, plan, number))
+
+
+def _begin(first: Callable[[int], None] | None, number: int, widened: bool) -> Failure | None:
+    """What goes wrong before the first batch."""
+    try:
+        mkl.refuse_other(widened)
+        if first is not None:
+            try:
+                first(number)
+            except BaseException as error:
+                error.add_note(f"in worker_init_fn({number})")
+                raise
+    except BaseException as error:
+        return failure(error, number)
+    return None
 
 
 def _mapped(size: int, descriptor: int | None) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from metabatch_cli import mkl
 from metabatch_cli.batching.loader import StateMismatch, TaskLoader
 from metabatch_cli.batching.ragged import Tasks
 from metabatch_cli.batching.task import POINTS, slice_tasks
@@ -338,6 +339,7 @@ class Trainer:
             "validated_at": self._validated_at,
             "losses": self._losses.item(),
             "counted": self._counted,
+            "mkl_widened": mkl.is_widened(),
         }
 
     def load_learner(self, file: Path) -> None:
@@ -373,6 +375,7 @@ class Trainer:
             self._saved_at = self.step
             self._losses.fill_(state["losses"])
             self._counted = state["counted"]
+            self._warn_of_other_digits(state.get("mkl_widened", False))
         elif self.ranks.size > 1:
             # another machine may begin otherwise, and has no need of what `init_from` names
             own = {name: part.cpu() for name, part in self.learner.state_dict().items()}
@@ -381,6 +384,15 @@ class Trainer:
                 self._restore_random_states({}, [])
         for logger in self.loggers:
             logger.rewind(self.step)
+
+    def _warn_of_other_digits(self, widened: bool) -> None:
+        now = mkl.is_widened()
+        if widened != now:
+            self.reporter.say(
+                f"warning: until here MKL was {'' if widened else 'not '}told to use AVX-512, now "
+                f"it is{'' if now else ' not'}: the last digits will differ from those of a run in "
+                f"one go (metabatch_cli is to be imported before torch, or {mkl.SWITCH}=0 set)"
+            )
 
     def _restore_random_states(self, of_leader: dict[str, Any], others: list[Any]) -> None:
         """Set the global generators; of a rank that is new here, to numbers of its own."""

@@ -27,6 +27,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from metabatch_cli import mkl
 from metabatch_cli.config.beside import threads_of
 from metabatch_cli.config.errors import ConfigError, UserError
 from metabatch_cli.engine.stop import Interrupted
@@ -282,7 +283,8 @@ def _stop(ray: Any, running: list[Any]) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith("METABATCH_") or name == "HYDRA_FULL_ERROR"
+    # a job's process has loaded MKL's answer, or not, before it gets these
+    return (name.startswith("METABATCH_") and name != mkl.SWITCH) or name == "HYDRA_FULL_ERROR"
 
 
 def _number(key: str, value: Any, *, whole: bool = False) -> Any:

@@ -22,6 +22,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from metabatch_cli import mkl
 from metabatch_cli.batching import StateMismatch, TaskLoader, digest
 from metabatch_cli.batching import loader as loader_module
 from metabatch_cli.batching.auto import cores
@@ -75,6 +76,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(kind, workers, prefetch,
 def test_batches_do_not_depend_on_the_start_method(kind, method):
     with loader(kind(), workers=1, multiprocessing_context=method) as tested:
         assert read(tested, 6) == first(loader(kind()), 6)
+
+
+def test_a_worker_that_computes_otherwise_than_this_process_makes_no_batch(monkeypatch):
+    monkeypatch.setattr(mkl, "_widened", not mkl.is_widened())
+    tested = loader(Waves(), workers=1, multiprocessing_context="spawn")
+    with tested, pytest.raises(RuntimeError, match="not compute to the last bit as its parent"):
+        read(tested, 1)
 
 
 def test_a_start_method_can_be_given_as_a_context():

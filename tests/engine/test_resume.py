@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metabatch_cli import mkl
 from metabatch_cli.config.errors import UserError
 from metabatch_cli.engine.parts import Parts
 from metabatch_cli.engine.stop import Interrupted
@@ -165,6 +166,23 @@ def test_a_run_that_was_stopped_after_its_last_step_only_has_its_test_to_do(
     run(tmp_path, *NOISY)
     assert differences(before, state(tmp_path)) == []
     assert_same_run(tmp_path, uninterrupted(*NOISY))
+
+
+@pytest.mark.parametrize("before", [False, True, None])
+@pytest.mark.parametrize("now", [False, True])
+def test_a_run_says_when_mkl_goes_on_otherwise(tmp_path, monkeypatch, before, now):
+    monkeypatch.setattr(mkl, "_widened", bool(before))
+    disturb(tmp_path, 5, "interrupted")
+    if before is None:  # a run older than the entry
+        file = tmp_path / "checkpoints" / "last.pt"
+        saved = torch.load(file)
+        del saved["mkl_widened"]
+        torch.save(saved, file)
+    monkeypatch.setattr(mkl, "_widened", now)
+    run(tmp_path)
+    said = (tmp_path / "train.log").read_text()
+    assert ("the last digits will differ" in said) == (bool(before) != now)
+    assert state(tmp_path)["mkl_widened"] == now
 
 
 @pytest.mark.parametrize("before", [0, 1])
