@@ -107,10 +107,13 @@ def short() -> Iterator[Path]:
     ],
 )
 def test_a_sweep_that_is_killed_leaves_nothing_and_goes_on(tmp_path, short, signum, code):
-    words = [*SWEEP, "seed=0,1,2,3", "trainer.max_steps=600", "trainer.checkpoint_every=100"]
+    length = ["trainer.max_steps=600", "trainer.checkpoint_every=100"]
+    words = [*SWEEP, "launcher.jobs=2", "seed=0,1,2,3", *length]
     process = start(*words, cwd=tmp_path, TMPDIR=str(short))
     running = lambda: [n for n, r in results(tmp_path).items() if r["status"] == "running"]  # noqa: E731
-    wait_until(lambda: bool(written(tmp_path) and running()), process, tmp_path)
+    # two in the middle, as Ray 2.60 itself aborts where a job is cancelled while it ends (a race
+    # that its pull request 54798 tells of)
+    wait_until(lambda: bool(written(tmp_path)) and len(running()) == 2, process, tmp_path)
     session = session_of_ray(process)
     assert len(in_session(session)) > 3
     assert list(short.glob("mb-*"))
