@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-mkl.widen()  # before anything imports torch
+mkl.enable_avx512()  # before anything imports torch
 
 _HOMES = {
     "PackedTask": "metabatch_cli.batching",

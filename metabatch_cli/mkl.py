@@ -13,66 +13,81 @@ import os
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-SWITCH = "METABATCH_MKL_AVX512"  # 0: never; 1: on any processor; unset: where it is known to gain
-QUESTION = "mkl_serv_intel_cpu_true"
-ZEN_5 = 26  # AMD's first family of processors whose units are 512 bits wide
-ABILITIES = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
-
-_widened = False
-
-
-def is_widened() -> bool:
-    """Whether the library was loaded, here or in the process that this one is a fork of.
-
-    Two processes of one machine that agree in this compute alike, to the bit.
-    """
-    return _widened
+SWITCH = "METABATCH_MKL_AVX512"  # 0: never; 1: where MKL would not use it; unset: where it gains
+SYMBOL = "mkl_serv_intel_cpu_true"
+OURS = "metabatch_mkl_avx512"  # in the same library: tells that it is loaded, whatever is reloaded
+ZEN_5 = 26  # the family of AMD's processors of which some have units of 512 bits, and later ones
+AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 
 
-def widen(processors: str = "/proc/cpuinfo") -> None:
-    """Load the library whose answer is yes, where that is wanted and torch is not loaded yet.
+def avx512_enabled() -> bool:
+    """Whether MKL was told here, or before this process was forked, to use AVX-512 on AMD's."""
+    return hasattr(ctypes.CDLL(None), OURS)
 
-    What this process can't have, those that it starts shall not have either.
+
+def enable_avx512(processors: str = "/proc/cpuinfo") -> None:
+    """Tell MKL, where that is wanted and torch, which brings it, is not imported yet.
 
     Args:
         processors: the file in which Linux describes them.
     """
-    global _widened
+    if avx512_enabled():
+        return
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "0", "1"):
-        warnings.warn(f"{SWITCH}={wanted!r} is neither 0 nor 1, and says nothing", stacklevel=2)
-    if wanted == "0" or not (wanted == "1" or gains(processors)):
+        warnings.warn(f"{SWITCH}={wanted!r} is ignored: it may be 0 or 1", stacklevel=2)
+        wanted = ""
+    family = family_with_avx512(processors)
+    if wanted == "0" or (wanted == "" and family < ZEN_5):
         return
-    hindrance = "torch was imported before metabatch_cli"
-    if "torch" not in sys.modules:
+    obstacle = None
+    if not family:
+        obstacle = "it is for AMD's processors with AVX-512, on Linux"
+    elif "torch" in sys.modules:
+        obstacle = "torch was imported before metabatch_cli"
+    else:
         try:
-            _load(library(QUESTION), QUESTION)
-        except (OSError, AttributeError) as error:  # not Linux, or nothing is loaded from memory
-            hindrance = str(error)
+            _load(library(SYMBOL, OURS))
+        except OSError as error:
+            obstacle = str(error)
         else:
-            _widened = True
-            return
-    if wanted == "1":
-        warnings.warn(f"{SWITCH}=1 has no effect: {hindrance}", stacklevel=2)
-    os.environ[SWITCH] = "0"
+            obstacle = None if avx512_enabled() else "another library was loaded instead"
+    if wanted == "1" and obstacle:
+        warnings.warn(f"{SWITCH}=1 has no effect: {obstacle}", stacklevel=2)
 
 
-def refuse_other(parent: bool) -> None:
-    """Raise RuntimeError if what `is_widened` says in the parent process is not so here."""
-    if parent != is_widened():
-        wide, narrow = ("its parent", "it") if parent else ("it", "its parent")
+@contextmanager
+def same_in_children() -> Iterator[None]:
+    """Processes that are started meanwhile do as this one does, where they can."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = str(int(avx512_enabled()))
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
+        if before is not None:
+            os.environ[SWITCH] = before
+
+
+def require_same_as_main(main: bool) -> None:
+    """Raise RuntimeError if `avx512_enabled` says something else here than in the main process."""
+    here = avx512_enabled()
+    if here != main:
         raise RuntimeError(
-            f"MKL may use AVX-512 in {wide} and not in {narrow}, so that this process would not "
-            "compute to the last bit as its parent does: import metabatch_cli before torch in both "
-            f"(in a forkserver too, where that preloads torch), or start both with {SWITCH}=0"
+            f"MKL may use AVX-512 in {'this worker' if here else 'the main process'} but not in "
+            f"{'the main process' if here else 'this worker'}, and batches could differ in their "
+            "last bits: import metabatch_cli before torch at the top of the script (and in what a "
+            f"forkserver preloads), or set {SWITCH}=0 before Python starts"
         )
 
 
-def gains(processors: str) -> bool:
-    """Whether this is Linux on an AMD processor with units of 512 bits."""
+def family_with_avx512(processors: str) -> int:
+    """The family of an AMD processor with AVX-512, on Linux; 0 for anything else."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
-        return False
+        return 0
     facts = {}
     try:
         with open(processors) as file:
@@ -82,32 +97,35 @@ def gains(processors: str) -> bool:
                     break  # the next processor
                 facts[name.strip()] = value.strip()
     except OSError:
-        return False
+        return 0
+    of_amd = facts.get("vendor_id") == "AuthenticAMD"
     family = facts.get("cpu family", "")
-    return (
-        facts.get("vendor_id") == "AuthenticAMD"
-        and family.isdecimal()
-        and int(family) >= ZEN_5
-        and set(facts.get("flags", "").split()) >= ABILITIES
-    )
+    able = set(facts.get("flags", "").split()) >= AVX512
+    return int(family) if of_amd and able and family.isdecimal() else 0
 
 
-def library(function: str) -> bytes:
-    """A shared library for Linux on x86-64 with one function, of no arguments, that returns 1.
+def library(*functions: str) -> bytes:
+    """A shared library for Linux on x86-64 with functions, of no arguments, that return 1.
 
-    Its first page is for reading and executing: headers, and one symbol with all that leads to it.
+    Its first page is for reading and executing: headers, and symbols with all that leads to them.
     Its second, which the loader may write to, says where these lie (System V ABI, chapters 4, 5).
     """
     code = b"\xb8\x01\x00\x00\x00\xc3"  # mov eax, 1; ret
-    names = b"\0" + function.encode() + b"\0"
+    names = b"\0" + b"".join(function.encode() + b"\0" for function in functions)
+    count = len(functions)
+    hashes = struct.pack(f"<{4 + count}I", 1, 1 + count, 1, 0, *range(2, count + 1), 0)  # one chain
     at_symbols = 64 + 4 * 56
-    at_hashes = at_symbols + 2 * 24
-    at_names = at_hashes + 5 * 4
+    at_hashes = at_symbols + (1 + count) * 24
+    at_names = at_hashes + len(hashes)
     at_code = at_names + len(names)
     end, page = at_code + len(code), 4096
 
     def segment(kind: int, rights: int, start: int, size: int) -> bytes:
         return struct.pack("<2I6Q", kind, rights, start, start, start, size, size, page)
+
+    def symbol(function: str) -> bytes:
+        name = names.index(b"\0" + function.encode() + b"\0") + 1
+        return struct.pack("<I2BH2Q", name, 0x12, 0, 1, at_code, len(code))
 
     where = ((4, at_hashes), (5, at_names), (6, at_symbols), (10, len(names)), (11, 24), (0, 0))
     dynamic = b"".join(struct.pack("<2Q", *entry) for entry in where)
@@ -118,25 +136,25 @@ def library(function: str) -> bytes:
         segment(1, read | write, page, len(dynamic)),
         segment(2, read | write, page, len(dynamic)),  # the table of where things lie
         segment(0x6474E551, read | write, 0, 0),  # a stack that is not executed
-        bytes(24) + struct.pack("<I2BH2Q", 1, 0x12, 0, 1, at_code, len(code)),
-        struct.pack("<5I", 1, 2, 1, 0, 0),  # one chain, of the one symbol
+        bytes(24),
+        *map(symbol, functions),
+        hashes,
         names,
         code,
     ]
     return b"".join(first).ljust(page, b"\0") + dynamic
 
 
-def _load(content: bytes, function: str) -> None:
-    """Make a library's function known to all that are loaded later.
+def _load(content: bytes) -> None:
+    """Make a library's functions known to all that are loaded later.
 
     Raises:
-        OSError, AttributeError: it can't be loaded, or it has no such function.
+        OSError: the system does not let it be loaded.
     """
     file = os.memfd_create("mkl")
     try:
         os.write(file, content)
-        # to the loader two files of one name are one: others come as /proc/self/fd/N too
-        loaded = ctypes.CDLL(f"/proc/self/task/../fd/{file}", mode=ctypes.RTLD_GLOBAL)
-        getattr(loaded, function)
+        # to the loader two files of one name are one, and others come as /proc/self/fd/N too
+        ctypes.CDLL(f"/proc/self/task/../fd/{file}", mode=ctypes.RTLD_GLOBAL)
     finally:
         os.close(file)

@@ -345,13 +345,13 @@ class Transport:
 
     def _start(self, number: int) -> _Worker:
         method = self._context.get_start_method()
-        with _descriptors_left():
+        with _descriptors_left(), mkl.same_in_children():
             ours, theirs = self._context.Pipe(duplex=True)
             if method != "fork":  # what these start lives on: not with our signals held back
                 resource_tracker.ensure_running()
             if method == "forkserver":
                 forkserver.ensure_running()
-            own = self._first, torch.get_default_dtype(), mkl.is_widened()
+            own = self._first, torch.get_default_dtype(), mkl.avx512_enabled()
             process: Any = self._context.Process(
                 target=work,
                 args=(theirs, os.getpid(), number, self.maker, self.plan, *own),

@@ -80,7 +80,7 @@ def work(
     plan: Plan,
     first: Callable[[int], None] | None,
     dtype: torch.dtype,
-    widened: bool,
+    avx512: bool,
 ) -> None:
     """Make what the main process asks for until it says None.
 
@@ -91,7 +91,7 @@ def work(
         maker, plan: from a step to its batch.
         first: the user's `worker_init_fn`.
         dtype: torch's default type of floats in the main process.
-        widened: whether MKL may use AVX-512 in it (see mkl.py).
+        avx512: whether MKL was told to use it in the main process (see mkl.py).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_later)
@@ -107,7 +107,7 @@ def work(
 
     packer = Packer()
     segments: dict[int | None, np.ndarray | None] = {None: None}
-    spoiled = _begin(first, number, widened)
+    spoiled = _begin(first, number, avx512)
     maker.preserves = False
     # a main process that is gone ends this one quietly
     with borrowed_global_generators(), suppress(EOFError, ConnectionError):
@@ -123,10 +123,10 @@ def work(
                 connection.send(_make(order, segment, packer, maker, plan, number))
 
 
-def _begin(first: Callable[[int], None] | None, number: int, widened: bool) -> Failure | None:
+def _begin(first: Callable[[int], None] | None, number: int, avx512: bool) -> Failure | None:
     """What goes wrong before the first batch."""
     try:
-        mkl.refuse_other(widened)
+        mkl.require_same_as_main(avx512)
         if first is not None:
             try:
                 first(number)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import metabatch_cli
+from metabatch_cli import mkl
 from metabatch_cli.batching.auto import cores
 
 BUSY = 0.5  # of a core: starting this program makes up less
@@ -26,6 +27,7 @@ def facts() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cores": cores(),
+        "mkl_avx512": mkl.avx512_enabled(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),

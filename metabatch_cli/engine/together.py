@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from metabatch_cli import mkl
 from metabatch_cli.batching.auto import RANKS_HERE
 from metabatch_cli.config.beside import heed_end_of_parent, is_under_torchrun
 from metabatch_cli.config.errors import UserError
@@ -137,7 +138,8 @@ def started(processes: int, timeout: float) -> Iterator[Ranks]:
     try:
         for rank in range(1, processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "METABATCH_TIMEOUT": str(timeout)}
-            followers[rank] = subprocess.Popen(command, env=os.environ | ours | own)
+            with mkl.same_in_children():
+                followers[rank] = subprocess.Popen(command, env=os.environ | ours | own)
         with (
             _reachable("127.0.0.1"),
             _closed(Group(_room(store, 0), 0, processes, 0, timeout, what_ended)) as group,

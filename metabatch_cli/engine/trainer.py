@@ -339,7 +339,7 @@ class Trainer:
             "validated_at": self._validated_at,
             "losses": self._losses.item(),
             "counted": self._counted,
-            "mkl_widened": mkl.is_widened(),
+            "mkl_avx512": mkl.avx512_enabled(),
         }
 
     def load_learner(self, file: Path) -> None:
@@ -375,7 +375,7 @@ class Trainer:
             self._saved_at = self.step
             self._losses.fill_(state["losses"])
             self._counted = state["counted"]
-            self._warn_of_other_digits(state.get("mkl_widened", False))
+            self._warn_of_other_digits(state.get("mkl_avx512", False))
         elif self.ranks.size > 1:
             # another machine may begin otherwise, and has no need of what `init_from` names
             own = {name: part.cpu() for name, part in self.learner.state_dict().items()}
@@ -385,14 +385,19 @@ class Trainer:
         for logger in self.loggers:
             logger.rewind(self.step)
 
-    def _warn_of_other_digits(self, widened: bool) -> None:
-        now = mkl.is_widened()
-        if widened != now:
-            self.reporter.say(
-                f"warning: until here MKL was {'' if widened else 'not '}told to use AVX-512, now "
-                f"it is{'' if now else ' not'}: the last digits will differ from those of a run in "
-                f"one go (metabatch_cli is to be imported before torch, or {mkl.SWITCH}=0 set)"
-            )
+    def _warn_of_other_digits(self, avx512: bool) -> None:
+        """Say so if MKL computes otherwise than it did until here (see mkl.py)."""
+        if avx512 == mkl.avx512_enabled():
+            return
+        if avx512:
+            change, reason = "no longer uses", "another processor, torch imported before us, or "
+            reason += f"{mkl.SWITCH}=0"
+        else:
+            change, reason = "now uses", f"{mkl.SWITCH}=0 goes on as before"
+        self.reporter.say(
+            f"warning: MKL {change} AVX-512 on an AMD processor ({reason}): last digits may differ "
+            "from those of a run in one go"
+        )
 
     def _restore_random_states(self, of_leader: dict[str, Any], others: list[Any]) -> None:
         """Set the global generators; of a rank that is new here, to numbers of its own."""

@@ -131,7 +131,7 @@ class RayLauncher(Launcher):
         from metabatch_cli.batching.auto import CORES, JOBS
 
         own = max(int(share.cpus), 1)
-        environment = {name: os.environ[name] for name in os.environ if _is_ours(name)}
+        environment = {name: os.environ[name] for name in os.environ if is_for_jobs(name)}
         environment |= {JOBS: "1", CORES: str(own), "OMP_NUM_THREADS": str(threads_of(own))}
         if not share.gpus:  # else it would see all of them
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -282,8 +282,9 @@ def _stop(ray: Any, running: list[Any]) -> None:
         ray.wait(running, num_returns=len(running))
 
 
-def _is_ours(name: str) -> bool:
-    # a job's process has loaded MKL's answer, or not, before it gets these
+def is_for_jobs(name: str) -> bool:
+    """Whether a variable of the environment goes along with a job."""
+    # they arrive when the job's process has imported us, which is too late for that one
     return (name.startswith("METABATCH_") and name != mkl.SWITCH) or name == "HYDRA_FULL_ERROR"
 
 

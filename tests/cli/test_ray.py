@@ -112,7 +112,7 @@ def test_a_sweep_that_is_killed_leaves_nothing_and_goes_on(tmp_path, short, sign
     process = start(*words, cwd=tmp_path, TMPDIR=str(short))
     running = lambda: [n for n, r in results(tmp_path).items() if r["status"] == "running"]  # noqa: E731
     # two in the middle, as Ray 2.60 itself aborts where a job is cancelled while it ends (a race
-    # that its pull request 54798 tells of)
+    # that its pull request 54798 was to end)
     wait_until(lambda: bool(written(tmp_path)) and len(running()) == 2, process, tmp_path)
     session = session_of_ray(process)
     assert len(in_session(session)) > 3

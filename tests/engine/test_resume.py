@@ -171,18 +171,19 @@ def test_a_run_that_was_stopped_after_its_last_step_only_has_its_test_to_do(
 @pytest.mark.parametrize("before", [False, True, None])
 @pytest.mark.parametrize("now", [False, True])
 def test_a_run_says_when_mkl_goes_on_otherwise(tmp_path, monkeypatch, before, now):
-    monkeypatch.setattr(mkl, "_widened", bool(before))
+    monkeypatch.setattr(mkl, "avx512_enabled", lambda: bool(before))
     disturb(tmp_path, 5, "interrupted")
     if before is None:  # a run older than the entry
         file = tmp_path / "checkpoints" / "last.pt"
         saved = torch.load(file)
-        del saved["mkl_widened"]
+        del saved["mkl_avx512"]
         torch.save(saved, file)
-    monkeypatch.setattr(mkl, "_widened", now)
+    monkeypatch.setattr(mkl, "avx512_enabled", lambda: now)
     run(tmp_path)
     said = (tmp_path / "train.log").read_text()
-    assert ("the last digits will differ" in said) == (bool(before) != now)
-    assert state(tmp_path)["mkl_widened"] == now
+    assert ("MKL now uses AVX-512" in said) == (now and not before)
+    assert ("MKL no longer uses AVX-512" in said) == (before is True and not now)
+    assert state(tmp_path)["mkl_avx512"] == now
 
 
 @pytest.mark.parametrize("before", [0, 1])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metabatch_cli.config.errors import ConfigError, UserError
-from metabatch_cli.sweeps.ray_launcher import RayLauncher, Share, share_of
+from metabatch_cli.sweeps.ray_launcher import RayLauncher, Share, is_for_jobs, share_of
 
 COUNTS = st.integers(1, 64)
 NOBODYS = Share(0, -1)
@@ -58,3 +58,16 @@ def test_without_ray_one_line_says_how_to_get_it(monkeypatch):
     nothing = cast(Any, None)
     with pytest.raises(UserError, match=r"pip install '\.\[ray\]'"):
         RayLauncher().setup(hydra_context=nothing, task_function=nothing, config=nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "goes_along"),
+    [
+        ("METABATCH_DATA", True),
+        ("HYDRA_FULL_ERROR", True),
+        ("METABATCH_MKL_AVX512", False),  # comes too late for a process that has imported us
+        ("PATH", False),
+    ],
+)
+def test_the_variables_of_ours_go_along_with_a_job(name, goes_along):
+    assert is_for_jobs(name) is goes_along
