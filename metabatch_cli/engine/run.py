@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from metabatch_cli import mkl
 from metabatch_cli.batching import denormals
 from metabatch_cli.config import build, choices
 from metabatch_cli.config.check import check
@@ -182,6 +183,11 @@ def _train(
     run: RunDirectory, parts: Parts, reporter: Reporter, loggers: Sequence[Logger], ranks: Ranks
 ) -> dict[str, Any]:
     ranks.compute_on(parts.device)
+    if len(set(ranks.gather(mkl.avx512_enabled()))) > 1:
+        reporter.say(
+            "warning: MKL uses AVX-512 in some of the processes only: last digits will differ from "
+            f"those of one process (import metabatch_cli before torch in all, or {mkl.SWITCH}=0)"
+        )
     trainer = Trainer(
         parts.config.trainer,
         run,

@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+from metabatch_cli import mkl  # before torch, as in the first process
+
+# isort: split
 import torch
 
 from metabatch_cli.engine import checkpoint
@@ -25,6 +28,9 @@ def blind(*_: object) -> None:
 def main() -> None:
     if "METABATCH_TEST_BLIND" in os.environ:
         checkpoint.load = checkpoint.load_weights = blind
+    if "METABATCH_TEST_OTHER_MKL" in os.environ:
+        other = not mkl.avx512_enabled()
+        mkl.avx512_enabled = lambda: other
     torch.seed()  # whatever this process has drawn before must not matter
     for overrides in json.loads(sys.argv[1]):
         try:

@@ -295,6 +295,15 @@ def test_all_begin_with_the_weights_of_rank_zero(monkeypatch):
     assert_the_same(directory, alone(*begun))
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_ranks_of_which_some_would_round_otherwise_are_told_of(monkeypatch, other):
+    if other:
+        monkeypatch.setenv("METABATCH_TEST_OTHER_MKL", "1")
+    (directory,) = together(SINE)
+    said = (directory / "train.log").read_text()
+    assert ("MKL uses AVX-512 in some of the processes only" in said) == other
+
+
 def test_a_group_of_ones_own_is_left_alone(tmp_path):
     store = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
