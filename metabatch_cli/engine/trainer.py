@@ -390,8 +390,8 @@ class Trainer:
         if avx512 == mkl.avx512_enabled():
             return
         if avx512:
-            change, reason = "no longer uses", "another processor, torch imported before us, or "
-            reason += f"{mkl.SWITCH}=0"
+            change = "no longer uses"
+            reason = f"another processor, {mkl.SWITCH}=0, or torch imported before metabatch_cli"
         else:
             change, reason = "now uses", f"{mkl.SWITCH}=0 goes on as before"
         self.reporter.say(
